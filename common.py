@@ -1,0 +1,322 @@
+"""What every stage needs and nothing else: YAML config, process group, atomic files, log, stop signal."""
+import difflib
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import yaml
+
+
+class Fail(Exception):
+    """A problem the user can mend: printed as one line (what, where, how), exit code 2."""
+
+
+# ---------------------------------------------------------------------------------------------------
+# Config: a YAML block of defaults in the script, an experiment's YAML on top, key.sub=value on top of that
+
+class _Loader(yaml.SafeLoader):
+    """safe_load that reads 1e-4 as a number (YAML 1.1 wants 1.0e-4) and refuses a key written twice."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise Fail(f"line {key.start_mark.line + 1}: key '{key.value}' stands twice")
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    'tag:yaml.org,2002:float',
+    re.compile(r'^[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)[eE][-+]?[0-9]+$'), list('-+0123456789.'))
+
+
+def _read_yaml(text, where):
+    try:
+        return yaml.load(text, _Loader)  # _Loader is a SafeLoader
+    except Fail as error:
+        raise Fail(f'{where}: {error}') from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, 'problem_mark', None)
+        raise Fail(f"{where}{f', line {mark.line + 1}' if mark else ''}: not valid YAML: "
+                   f"{getattr(error, 'problem', None) or error}") from None
+
+
+def _fits(default, value):
+    if default is None:
+        return True
+    if isinstance(default, bool):
+        return isinstance(value, bool)
+    if isinstance(default, float):
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if isinstance(default, int):
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, type(default))
+
+
+def _merge(config, changes, where, prefix='', nullable=()):
+    """Write `changes` over `config`, in which every allowed key stands with a value of its type (null: any)."""
+    for key, value in changes.items():
+        name = f'{prefix}{key}'
+        if key not in config:
+            near = difflib.get_close_matches(str(key), [str(k) for k in config], 1, 0.5)
+            hint = f"did you mean '{prefix}{near[0]}'?" if near else f"known: {', '.join(map(str, config))}"
+            raise Fail(f"{where}: unknown key '{name}'; {hint}")
+        default = config[key]
+        if isinstance(default, dict) and default:
+            if not isinstance(value, dict):
+                raise Fail(f"{where}: '{name}' must hold keys ({', '.join(default)}), not {value!r}")
+            _merge(default, value, where, f'{name}.', nullable)
+        elif not _fits(default, value) and not (value is None and name in nullable):
+            raise Fail(f"{where}: '{name}' must be {type(default).__name__} (like {default!r}), not {value!r}")
+        else:
+            config[key] = float(value) if isinstance(default, float) and value is not None else value
+
+
+def load_config(defaults, argv, nullable=()):
+    """Defaults (YAML text) <- experiment file (argv[0]) <- 'key.sub=value' (the rest).
+
+    Keys of `nullable` may be set to null though their default is not. Returns a nested dict."""
+    config = _read_yaml(defaults, 'defaults')
+    files = [a for a in argv if '=' not in a]
+    if len(files) != 1:
+        raise Fail(f"usage: python {Path(sys.argv[0]).name} EXPERIMENT.yaml [key.sub=value ...]")
+    path = Path(files[0])
+    if not path.is_file():
+        near = [str(p) for p in sorted(Path('yamls').rglob('*.yaml')) if p.parent.name == Path(sys.argv[0]).stem]
+        raise Fail(f"{path}: no such file{'; there are ' + ', '.join(near[:6]) if near else ''}")
+    changes = _read_yaml(path.read_text(), path)
+    changes = {} if changes is None else changes
+    if not isinstance(changes, dict):
+        raise Fail(f'{path}: must hold keys and values, not {type(changes).__name__}')
+    _merge(config, changes, path, nullable=nullable)
+    for argument in argv:
+        if '=' in argument:
+            name, text = argument.split('=', 1)
+            change = _read_yaml(text, argument)  # nothing after = is null
+            for key in reversed(name.split('.')):
+                change = {key: change}
+            _merge(config, change, 'command line', nullable=nullable)
+    return config
+
+
+def changed_keys(old, new, ignore=(), prefix=''):
+    """Dotted names of the keys in which two configs differ, with both values; `ignore` may differ."""
+    names = [f'{prefix}{k}' for k in {**old, **new}]
+    found = []
+    for name, key in zip(names, {**old, **new}):
+        a, b = old.get(key), new.get(key)
+        if name in ignore or a == b:
+            continue
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += changed_keys(a, b, ignore, f'{name}.')
+        else:
+            found.append(f'{name} (was {a!r}, now {b!r})')
+    return found
+
+
+def run(stage, defaults, nullable=()):
+    """Entry point of a script: config, then stage(config); what the user can mend is one line and exit code 2."""
+    try:
+        stage(load_config(defaults, sys.argv[1:], nullable))
+    except (Fail, *(c for c in [getattr(sys.modules.get('data'), 'DataError', None)] if c)) as error:
+        print(f'{Path(sys.argv[0]).name}: {error}', file=sys.stderr, flush=True)
+        os._exit(2) if dist.is_initialized() else sys.exit(2)  # the other ranks may wait in a collective
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------------------
+# Processes
+
+class Processes:
+    """rank, local_rank, world and device of this process; a process group exists only under torchrun (and with group)."""
+
+    def __init__(self, device='auto', group=True):
+        self.rank, self.world, self.local_rank = (int(os.environ.get(k, d)) for k, d in
+                                                  (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
+        cuda = torch.cuda.is_available() if device == 'auto' else device.startswith('cuda')
+        if cuda and not torch.cuda.is_available():
+            raise Fail("device: cuda asked for, but torch sees no GPU; set device=auto or device=cpu")
+        self.device = torch.device('cuda', self.local_rank) if cuda else torch.device('cpu')
+        if cuda:
+            torch.cuda.set_device(self.device)  # before anything allocates, or every rank opens a context on GPU 0
+        if group and 'RANK' in os.environ and not dist.is_initialized():
+            backend = 'cpu:gloo,cuda:nccl' if cuda else 'gloo'
+            dist.init_process_group(backend, **({'device_id': self.device} if cuda else {}))
+
+    @property
+    def main(self):
+        return self.rank == 0
+
+    def barrier(self):
+        if dist.is_initialized():
+            dist.barrier()
+
+    def any(self, flag):
+        """True on every process when it is true on one (all of them must call)."""
+        if not dist.is_initialized():
+            return bool(flag)
+        total = torch.tensor(float(bool(flag)))  # on the CPU, through gloo: asked at every step, must not wait for the GPU
+        dist.all_reduce(total)
+        return total.item() > 0
+
+
+def precision_dtype(precision, device):
+    """auto | fp32 | bf16 | fp16 -> dtype for autocast (torch.float32: none). auto: bf16 where the hardware has it."""
+    if precision not in ('auto', 'fp32', 'bf16', 'fp16'):
+        raise Fail(f"precision: '{precision}' is unknown; there are auto, fp32, bf16, fp16")
+    if precision == 'fp16' and device.type != 'cuda':
+        raise Fail('precision: fp16 needs a GPU; set precision=bf16 or fp32')
+    if precision == 'auto':
+        amx = getattr(torch.cpu, '_is_amx_tile_supported', lambda: False)
+        precision = 'bf16' if (torch.cuda.is_bf16_supported() if device.type == 'cuda' else amx()) else 'fp32'
+    return {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}[precision]
+
+
+class StopSignal:
+    """SIGTERM and SIGUSR1 (what Slurm sends before it preempts) set a flag; the stage saves and leaves."""
+
+    def __init__(self):
+        self.name = None
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._set)
+
+    def _set(self, number, frame):
+        self.name = signal.Signals(number).name
+
+    def __bool__(self):
+        return self.name is not None
+
+
+# ---------------------------------------------------------------------------------------------------
+# Files
+
+def atomic(path, write):
+    """write(temporary_path), then rename: a reader sees the old file or the new one, never half of one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp{path.suffix}')
+    try:
+        write(temporary)
+        with open(temporary, 'rb') as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise Fail(f'{path}: cannot be written: {error.strerror or error}') from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_checkpoint(path, state):
+    atomic(path, lambda p: torch.save(state, p))
+
+
+def load_checkpoint(path):
+    """A checkpoint on the CPU, unpickled without running code."""
+    path = Path(path)
+    if not path.is_file():
+        raise Fail(f'{path}: no such checkpoint')
+    try:
+        if path.suffix == '.safetensors':
+            from safetensors.torch import load_file
+            return load_file(path)
+        return torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as error:
+        raise Fail(f'{path}: cannot be read as a checkpoint ({type(error).__name__}: '
+                   f"{str(error).splitlines()[0][:120]}); delete it to start again, or convert it to "
+                   'a plain state dict if it pickles objects') from None
+
+
+def save_json(path, value):
+    atomic(path, lambda p: p.write_text(json.dumps(value, indent=1) + '\n'))
+
+
+def random_states():
+    """States of the generators that training draws from (the loaders draw from hashes and have none)."""
+    state = {'torch': torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state['cuda'] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_states(state):
+    torch.set_rng_state(state['torch'])
+    if 'cuda' in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state['cuda'])
+
+
+def seed_everything(seed):
+    random.seed(seed)
+    np.random.seed(seed % 2 ** 32)
+    torch.manual_seed(seed)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Log
+
+def versions():
+    names = 'torch torchvision ffcv diffusers open_clip_torch timm numpy numba'.split()
+    found = {n: metadata.version(n) for n in names if _installed(n)}
+    git = subprocess.run(['git', '-C', str(Path(__file__).parent), 'rev-parse', '--short', 'HEAD'],
+                         capture_output=True, text=True)
+    return {'python': sys.version.split()[0], **found, 'git': git.stdout.strip() or None}
+
+
+def _installed(name):
+    try:
+        metadata.version(name)
+        return True
+    except metadata.PackageNotFoundError:
+        return False
+
+
+class Log:
+    """Run folder of a stage: config.yaml, versions.json, log.jsonl (appended on resume), tensorboard if asked.
+
+    Only rank 0 writes; on other ranks every call does nothing."""
+
+    def __init__(self, folder, config, main=True, tensorboard=False):
+        self.main, self.folder, self.board = main, Path(folder), None
+        if not main:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        atomic(self.folder / 'config.yaml', lambda p: p.write_text(yaml.safe_dump(config, sort_keys=False)))
+        save_json(self.folder / 'versions.json', versions())
+        self.file = open(self.folder / 'log.jsonl', 'a', buffering=1)
+        self.file.write(json.dumps({'command': ' '.join(sys.argv), 'time': time.strftime('%Y-%m-%d %H:%M:%S')}) + '\n')
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+            self.board = SummaryWriter(self.folder / 'tensorboard')
+
+    def write(self, line=None, **values):
+        """values -> one JSON line and tensorboard scalars at values['step']; line -> standard output."""
+        if not self.main:
+            return
+        if values:
+            self.file.write(json.dumps(values) + '\n')
+            if self.board:
+                for key, value in values.items():
+                    if key != 'step' and isinstance(value, (int, float)):
+                        self.board.add_scalar(key, value, values.get('step', 0))
+        if line:
+            print(line, flush=True)
+
+    def close(self):
+        if self.main:
+            self.file.close()
+            if self.board:
+                self.board.close()

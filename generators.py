@@ -1,0 +1,108 @@
+"""The view generators, behind one small interface:
+
+    generator = UnCLIP(spec, device)
+    generator.views(embeddings (B, D), noise_levels (B,), seeds [int] * B) -> uint8 (B, H, W, 3) on the CPU
+
+`seeds` decide everything random: the view of an image does not depend on what else is in its batch.
+"""
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import StableUnCLIPImg2ImgPipeline
+from diffusers.models.embeddings import get_timestep_embedding
+from diffusers.utils import logging as diffusers_logging
+
+from common import Fail
+
+diffusers_logging.disable_progress_bar()
+
+
+class _Pipeline(StableUnCLIPImg2ImgPipeline):
+    """Stable unCLIP that is given each sample's noised condition: the published one takes one noise level a call."""
+
+    def _encode_image(self, image_embeds, do_classifier_free_guidance, **_):
+        if do_classifier_free_guidance:  # the unconditional half is zeros, as in the published pipeline
+            image_embeds = torch.cat([torch.zeros_like(image_embeds), image_embeds])
+        return image_embeds
+
+
+class UnCLIP:
+    """Stable unCLIP (GenView eq. 5): an image drawn from noise and a noised CLIP embedding, with an empty prompt.
+
+    spec: `model` (local folder in diffusers' layout, or a hub id, which is downloaded), `fallbacks` (further ids tried
+    in turn), `steps`, `guidance_scale`, `precision` ('auto', 'fp32', 'bf16', 'fp16').
+    """
+
+    def __init__(self, spec, device):
+        self.device, self.steps, self.guidance_scale = device, spec['steps'], float(spec['guidance_scale'])
+        precision = spec['precision']
+        if precision == 'auto':
+            precision = 'fp16' if device.type == 'cuda' else 'fp32'
+        types = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
+        if precision not in types:
+            raise Fail(f"generator.precision: '{precision}' is none of auto, {', '.join(types)}")
+        self.dtype = types[precision]
+        self.pipeline, self.name = self._load([spec['model'], *spec['fallbacks']])
+        self.pipeline.set_progress_bar_config(disable=True)
+        for part in (self.pipeline.unet, self.pipeline.vae):
+            part.to(device, memory_format=torch.channels_last if device.type == 'cuda' else torch.contiguous_format)
+        self.pipeline.image_normalizer.to(device)
+        self.embedding_dim = self.pipeline.image_normalizer.mean.shape[1]
+        unet = self.pipeline.unet.config
+        if unet.projection_class_embeddings_input_dim != 2 * self.embedding_dim:
+            raise Fail(f'{self.name}: its UNet takes a condition of {unet.projection_class_embeddings_input_dim}, its '
+                       f'normalizer gives 2 x {self.embedding_dim}: not a Stable unCLIP image-variation model')
+        self.latent_shape = (unet.in_channels, unet.sample_size, unet.sample_size)
+        # The prompt is the empty string for every image (GenView appendix A): encode it once, then the encoder may go.
+        with torch.no_grad():
+            self.pipeline.text_encoder.to(device)
+            self.prompt = self.pipeline.encode_prompt('', device, 1, False)[0]
+        self.pipeline.text_encoder = None
+
+    def _load(self, names):
+        problems = []
+        for name in names:
+            folder = Path(name)
+            if folder.is_dir() and not (folder / 'model_index.json').is_file():
+                raise Fail(f'{folder}: holds no model_index.json; give a folder in the layout of diffusers')
+            try:
+                # The condition comes from stage 1 (fg_proportion.py), so that the image encoder is not needed.
+                pipeline = _Pipeline.from_pretrained(name, torch_dtype=self.dtype, image_encoder=None,
+                                                     feature_extractor=None, local_files_only=folder.is_dir())
+            except Exception as error:
+                problems.append(f'{name}: {type(error).__name__}: {str(error).strip().splitlines()[0][:150]}')
+                continue
+            absent = [part for part in ('unet', 'vae', 'scheduler', 'text_encoder', 'tokenizer', 'image_normalizer',
+                                        'image_noising_scheduler') if getattr(pipeline, part, None) is None]
+            if absent:
+                raise Fail(f"{name}: lacks {', '.join(absent)}; download the whole folder")
+            return pipeline, str(name)
+        raise Fail('generator.model cannot be loaded: ' + '; '.join(problems))
+
+    def condition(self, embeddings, noise_levels, noise):
+        """noisy(c, l) of GenView eq. 5 and the level's embedding: (B, D), (B,), (B, D) -> (B, 2 D).
+
+        What StableUnCLIPImg2ImgPipeline.noise_image_embeddings does, with a level for each sample."""
+        normalizer, scheduler = self.pipeline.image_normalizer, self.pipeline.image_noising_scheduler
+        noised = scheduler.add_noise(normalizer.scale(embeddings), noise, noise_levels)
+        level = get_timestep_embedding(noise_levels, embeddings.shape[1], flip_sin_to_cos=True, downscale_freq_shift=0)
+        return torch.cat([normalizer.unscale(noised), level.to(embeddings.dtype)], 1)
+
+    @torch.no_grad()
+    def views(self, embeddings, noise_levels, seeds):
+        """One view for each row. embeddings (B, D), noise_levels (B,) in 0..999, seeds B ints -> uint8 (B, H, W, 3)."""
+        draws = [torch.Generator().manual_seed(seed) for seed in seeds]  # on the CPU: the same on every device
+        noise = torch.stack([torch.randn(self.embedding_dim, generator=g) for g in draws])
+        latents = torch.stack([torch.randn(self.latent_shape, generator=g) for g in draws])
+        to = dict(device=self.device, dtype=self.dtype)
+        condition = self.condition(torch.as_tensor(np.asarray(embeddings, np.float32)).to(**to),
+                                   torch.as_tensor(np.asarray(noise_levels, np.int64)).to(self.device), noise.to(**to))
+        images = self.pipeline(
+            prompt_embeds=self.prompt.expand(len(seeds), -1, -1),
+            negative_prompt_embeds=self.prompt.expand(len(seeds), -1, -1), image_embeds=condition,
+            latents=latents.to(**to) * self.pipeline.scheduler.init_noise_sigma, num_inference_steps=self.steps,
+            guidance_scale=self.guidance_scale, output_type='pt').images
+        if not torch.isfinite(images).all():
+            raise Fail(f'{self.name}: gave NaN in {self.dtype}; set generator.precision to fp32 or bf16')
+        return (images.float() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
