@@ -170,7 +170,7 @@ class Processes:
         """True on every process when it is true on one (all of them must call)."""
         if not dist.is_initialized():
             return bool(flag)
-        total = torch.tensor(float(bool(flag)))  # on the CPU, through gloo: asked at every step, must not wait for the GPU
+        total = torch.tensor(float(bool(flag)))  # on the CPU, through gloo: asked every step, must not wait for the GPU
         dist.all_reduce(total)
         return total.item() > 0
 

@@ -70,7 +70,7 @@ def main(config):
     beton = output / 'pairs.beton'
     levels, embeddings, checksum = noise_levels(config, len(source))
     settings = {'stage': 'gen_views', 'dataset': {k: config['dataset'][k] for k in ('name', 'split', 'subset')},
-                'image_size': config['image_size'], 'strategy': config['strategy']}
+                'strategy': config['strategy'], 'image_size': config['image_size']}
     if config['strategy'] != 'none':
         settings.update({k: config[k] for k in ('seed', 'view_size', 'view_format', 'chunk_size')},
                         generator=config['generator'], proportions=checksum,
@@ -150,7 +150,7 @@ def same_settings(path, settings):
         old = json.loads(path.read_text())
         flat = [{f'{k}.{j}' if isinstance(v, dict) else k: u for k, v in s.items()
                  for j, u in (v.items() if isinstance(v, dict) else [(None, v)])} for s in (old, settings)]
-        for key in sorted({*flat[0], *flat[1]}):
+        for key in {**flat[1], **flat[0]}:
             if flat[0].get(key) != flat[1].get(key):
                 raise Fail(f"{path.parent}: was made with {key} = {flat[0].get(key)!r}, now it is "
                            f'{flat[1].get(key)!r}; choose another output folder or delete this one')
@@ -244,6 +244,8 @@ class Views:
 
 def pack(config, beton, source, levels, settings, log):
     views = Views(beton.parent / 'views', config['chunk_size'], config['view_format'])
+    for leftover in views.folder.glob('.*.tmp.tar'):  # of killed processes: every chunk is complete now
+        leftover.unlink(missing_ok=True)
 
     def original(i):
         image, label = source[i]

@@ -68,8 +68,8 @@ class UnCLIP:
                 raise Fail(f'{folder}: holds no model_index.json; give a folder in the layout of diffusers')
             try:
                 # The condition comes from stage 1 (fg_proportion.py), so that the image encoder is not needed.
-                pipeline = _Pipeline.from_pretrained(name, torch_dtype=self.dtype, image_encoder=None,
-                                                     feature_extractor=None, local_files_only=folder.is_dir())
+                pipeline = _Pipeline.from_pretrained(name, dtype=self.dtype, image_encoder=None, feature_extractor=None,
+                                                     local_files_only=folder.is_dir())
             except Exception as error:
                 problems.append(f'{name}: {type(error).__name__}: {str(error).strip().splitlines()[0][:150]}')
                 continue

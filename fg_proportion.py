@@ -1,0 +1,446 @@
+"""Stage 1: how much of every image is foreground, which noise level follows from it, and its CLIP embedding.
+
+    python fg_proportion.py yamls/fg_proportion/cifar10.yaml
+    torchrun --nproc-per-node 8 fg_proportion.py yamls/fg_proportion/in1k.yaml
+
+The same command again resumes; a finished run says so. `key.sub=value` after the file overrides the YAML.
+
+Pass 1 takes `pca_images` random images and sums the covariance of their CLIP tokens in float64; its first eigenvector
+is the foreground direction (GenView section 3.3). A second look at the same images projects every token on it (not
+centred, as in the official code: the mean would only shift the threshold; it is stored all the same) and settles
+- the sign: of the two, the one whose foreground sits more in the middle of the images than along their border;
+- the threshold a: the quantile of the raw projections of these images that makes `foreground_share` of the tokens
+  foreground. (Section 3.3 normalises a map to [0, 1] before it thresholds; the official code and this one do not, so
+  that an image without a subject may have no foreground at all.)
+Pass 2 takes every image once: proportion p_i of tokens whose projection exceeds a (eq. 7), noise level
+100 * floor(p_i / 0.2), at most 400 (eq. 8), and the image embedding, the condition of stage 2. The official code closes
+its bins on the right, (0.2, 0.4] -> 100, so that p_i = 0.4 gets 100 there and 200 here; with the 256 tokens of ViT-H-14
+no proportion but 0 and 1 is a multiple of 0.2, and both rules agree.
+
+Run folder: fg_proportion.npz with `pc` (K,) of length 1 pointing towards the foreground, `sign` (what turned the
+eigenvector, or the file of `pca`, into it), `mean` (K,), `threshold`, `explained` (share of the variance), `encoder`
+(fingerprint of the weights) and, for N images, `proportion` float32 (N,) (NaN: unreadable), `noise_level` int16 (N,)
+(-1: unreadable); embeddings.npy (N, D) float16, projected and not normalised (zeros: unreadable), made for
+numpy.load(..., mmap_mode='r'); histogram.png, foreground.png, config.yaml, versions.json, log.jsonl.
+"""
+import os
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from common import Fail, Log, Processes, StopSignal, atomic, changed_keys, precision_dtype, run
+
+DEFAULTS = """
+output: runs/fg_proportion  # run folder
+dataset:
+  name: CIFAR10             # name in torchvision.datasets, or `folder`: an image folder
+  root: data/cifar10        # folder it lies in
+  split: train              # train | test | val
+  download: false           # true: fetch it when it is not there
+  subset: null              # images, the same number of each class; null: all
+clip:
+  model: tiny/clip          # open_clip architecture, hf-hub:owner/name, or a local folder
+  pretrained: null          # hub tag or local weights file of an architecture; null for a folder or hub id
+  image_size: null          # pixels; null: the model's own
+pca_images: 10000           # random images for the component, sign and threshold (appendix A)
+pca: null                   # .npy with a published component, (K,) or (K, 1), to use in place of our own
+sign: null                  # 1 or -1 turns the component by hand; null: by the rule
+foreground_share: 0.40      # share of tokens that are foreground over the pca images (appendix A)
+proportions: true           # false: stop at the component (for the encoder of the quality loss)
+batch_size: 256             # images per process
+chunk: 1024                 # images between two saves
+num_workers: 2              # processes that decode, per process
+precision: auto             # auto | fp32 | bf16 | fp16; auto: fp16 on a GPU (as the official code), fp32 on a CPU
+device: auto                # auto | cpu | cuda
+seed: 0                     # which images are the random ones
+"""
+FREE = ('output', 'batch_size', 'num_workers', 'device')  # may differ when a run is resumed
+
+
+# ---------------------------------------------------------------------------------------------------
+# Foreground
+
+def noise_level(proportion):
+    """Noise level of a foreground proportion (GenView eq. 8): 100 * floor(p / 0.2), at most 400; -1 for NaN.
+
+    proportion: array of p in [0, 1]. Returns int16 of the same shape."""
+    proportion = np.asarray(proportion, np.float64)
+    level = np.floor(5 * proportion + 1e-6)  # p / 0.2 is 2.9999... for p = 0.6
+    return np.where(np.isnan(level), -1, 100 * np.clip(np.nan_to_num(level), 0, 4)).astype(np.int16)
+
+
+def first_component(count, total, outer):
+    """First principal component of tokens from their sums. count: number of tokens, total: (K,) their sum,
+    outer: (K, K) sum of their outer products, float64. Returns pc (K,) of length 1 whose largest entry is positive
+    (an eigenvector has no sign of its own), mean (K,) and covariance (K, K)."""
+    mean = total / count
+    covariance = outer / count - np.outer(mean, mean)
+    pc = np.linalg.eigh(covariance)[1][:, -1]
+    return pc * np.sign(pc[np.abs(pc).argmax()]), mean, covariance
+
+
+def published_component(path, width):
+    """Component from a .npy of shape (K,) or (K, 1), scaled to length 1. Returns (K,) float64."""
+    try:
+        pc = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise Fail(f'pca: {path}: cannot be read as .npy: {getattr(error, "strerror", None) or error}') from None
+    if not isinstance(pc, np.ndarray) or pc.ndim not in (1, 2) or pc.shape[1:] not in ((), (1,)):
+        raise Fail(f'pca: {path}: must be one .npy array of shape (K,) or (K, 1), not {getattr(pc, "shape", type(pc))}')
+    if len(pc) != width:
+        raise Fail(f'pca: {path}: has {len(pc)} entries, but the tokens of this encoder have {width}: '
+                   'it belongs to another encoder')
+    pc = pc.reshape(-1).astype(np.float64)
+    length = np.linalg.norm(pc)
+    if not np.isfinite(length) or length == 0:
+        raise Fail(f'pca: {path}: holds zeros or values that are not finite')
+    return pc / length
+
+
+def middle_and_border(projection, sign, share):
+    """Shares of foreground among the central and among the border tokens when `sign` * projection is thresholded so
+    that `share` of all tokens are foreground. projection: (N, H, W). Returns two numbers in [0, 1]."""
+    height, width = projection.shape[1:]
+    foreground = sign * projection > np.quantile(sign * projection, 1 - share)
+    border = np.ones((height, width), bool)
+    border[1:-1, 1:-1] = False
+    middle = np.zeros((height, width), bool)
+    middle[height // 4:height - height // 4, width // 4:width - width // 4] = True
+    return foreground[:, middle & ~border].mean(), foreground[:, border].mean()
+
+
+def choose_sign(projection, share, forced=None):
+    """The sign that puts the foreground in the middle of the images, and a line that says why. projection: (N, H, W)
+    of the eigenvector as it comes; forced: 1, -1 or None."""
+    if forced is not None:
+        return forced, f'sign {forced:+d} (set by hand)'
+    if min(projection.shape[1:]) < 3:
+        raise Fail(f'sign: maps of {projection.shape[1]} x {projection.shape[2]} tokens have no middle for the rule '
+                   'to look at; set sign to 1 or -1 (foreground.png shows which), or a larger clip.image_size')
+    shares = {sign: middle_and_border(projection, sign, share) for sign in (1, -1)}
+    sign = max(shares, key=lambda s: shares[s][0] - shares[s][1])
+    (middle, border), (other_middle, other_border) = shares[sign], shares[-sign]
+    line = (f'sign {sign:+d}: foreground are {middle:.0%} of the central and {border:.0%} of the border tokens '
+            f'(with {-sign:+d}: {other_middle:.0%} and {other_border:.0%})')
+    if middle - border < 0.05:
+        line += '; the rule is not sure: look at foreground.png and set sign if it shows the background'
+    return sign, line
+
+
+# ---------------------------------------------------------------------------------------------------
+# The encoder over lists of images. A chunk of images is the unit of work: its result is one file, written whole, and
+# never made again. Process r takes every world-th chunk; no result depends on how many there are.
+
+class Images(Dataset):
+    """(image (3, S, S), readable): an image that cannot be read is zeros and False."""
+
+    def __init__(self, source, clip):
+        self.source, self.preprocess, self.size = source, clip.preprocess, clip.image_size
+
+    def __getitem__(self, index):
+        try:
+            return self.preprocess(self.source[index][0]), True
+        except Exception:  # PIL raises nearly everything on a damaged file
+            return torch.zeros(3, self.size, self.size), False
+
+
+class Sweep:
+    """sweep(name, indices, per_batch, join): one pass over images; returns the files of its chunks, in order."""
+
+    def __init__(self, config, folder, source, clip, dtype, processes, log):
+        self.config, self.folder, self.clip, self.processes, self.log = config, folder, clip, processes, log
+        self.images, self.dtype, self.stop = Images(source, clip), dtype, StopSignal()
+
+    def encode(self, images):
+        """images (B, 3, S, S) -> tokens (B, K, H, W) and embeddings (B, D), float32."""
+        images = images.to(self.processes.device, non_blocking=True)
+        with torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            tokens, embedding = self.clip.forward(images)
+        if not torch.isfinite(tokens).all():
+            raise Fail(f'precision: {str(self.dtype)[6:]} overflows in this encoder; '
+                       'set precision=bf16 or fp32 (or the weights are damaged)')
+        return tokens.float(), embedding.float()
+
+    def __call__(self, name, indices, per_batch, join):
+        """per_batch(tokens, embedding, readable) -> dict of arrays; join: two such arrays of a chunk -> one."""
+        size, batch_size = self.config['chunk'], self.config['batch_size']
+        chunks = [indices[start:start + size] for start in range(0, len(indices), size)]
+        files = [self.folder / f'{name}-{number:06d}.npz' for number in range(len(chunks))]
+        mine = range(self.processes.rank, len(chunks), self.processes.world)
+        todo = [number for number in mine if not files[number].is_file()]
+        batches = [(number, chunks[number][start:start + batch_size], start + batch_size >= len(chunks[number]))
+                   for number in todo for start in range(0, len(chunks[number]), batch_size)]
+        loader = iter(DataLoader(self.images, batch_sampler=[batch.tolist() for _, batch, _ in batches],
+                                 num_workers=min(self.config['num_workers'], len(batches)),
+                                 pin_memory=self.processes.device.type == 'cuda'))
+        total, ahead = (sum(len(chunks[number]) for number in numbers) for numbers in (mine, todo))
+        before = done = total - ahead
+        bar = tqdm(total=total, initial=done, desc=name, unit='image', disable=None if self.processes.main else True)
+        if before and ahead:
+            self.log.write(f'{name}: {before:,} of {total:,} images were done before')
+        begin = spoke = time.perf_counter()
+        waited, result = 0.0, None
+        try:
+            for number, batch, last in batches:
+                asked = time.perf_counter()
+                images, readable = next(loader)
+                waited += time.perf_counter() - asked
+                new = per_batch(*self.encode(images), readable.to(self.processes.device))
+                result = new if result is None else {key: join(result[key], new[key]) for key in new}
+                if last:
+                    atomic(files[number], lambda path: np.savez(path, **result))
+                    result = None
+                done += len(batch)
+                bar.update(len(batch))
+                now = time.perf_counter()
+                if now - spoke > 10 or done == total:
+                    rate, spoke = (done - before) / (now - begin), now
+                    text = f'{name}: {done:,} of {total:,} images' + (
+                        f' (process 0 of {self.processes.world})' if self.processes.world > 1 else '')
+                    text += f', {rate:,.0f} images/s, {(total - done) / rate:.0f} s to go'
+                    self.log.write(text if bar.disable else None, stage=name, step=done,
+                                   images_per_second=round(rate, 1), data_wait=round(waited / (now - begin), 4))
+                if self.stop:
+                    break
+        except RuntimeError as error:  # a signal to the whole process group takes the workers along
+            if not (self.stop and 'DataLoader worker' in str(error)):
+                raise
+        bar.close()
+        if self.processes.any(self.stop):  # also the barrier after which every file is there
+            self.log.write(f'{self.stop.name or "stop signal"}: finished chunks are saved; the same command resumes')
+            sys.exit(128 + signal.SIGTERM)
+        return files
+
+
+def load_parts(files):
+    """The arrays of the chunks, one dict after another, in order."""
+    for file in files:
+        for _ in range(90):  # seconds: how long a network file system may hide what another node has written
+            if file.is_file():
+                break
+            time.sleep(1)
+        try:
+            with np.load(file, allow_pickle=False) as part:
+                yield dict(part)
+        except (OSError, ValueError, EOFError):
+            raise Fail(f'{file}: is missing or damaged; delete it and start the same command again') from None
+
+
+# ---------------------------------------------------------------------------------------------------
+# Pictures
+
+def draw(folder, projection, threshold, proportion, level, examples):
+    """histogram.png: projections with the threshold and, where given, proportions (N,) with their noise levels.
+    foreground.png: examples, a list of (image (H, W, 3) in [0, 1], mask (h, w), title), each above its overlay."""
+    import matplotlib
+    matplotlib.use('Agg')
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(1, 1 if proportion is None else 2, figsize=(5 if proportion is None else 10, 3.2))
+    axis = np.atleast_1d(axes)[0]
+    axis.hist(projection.ravel(), 100, color='0.6')
+    axis.axvline(threshold, color='C3', label=f'threshold: {(projection > threshold).mean():.0%} foreground')
+    axis.set(xlabel='projection of a token', ylabel='tokens of the pca images')
+    axis.legend()
+    if proportion is not None:
+        for number, value in enumerate(range(0, 500, 100)):
+            chosen = level == value
+            axes[1].hist(proportion[chosen], np.linspace(0, 1, 51), color=f'C{number}',
+                         label=f'{value}: {chosen.sum():,}')
+        axes[1].set(xlabel='foreground proportion', ylabel='images')
+        axes[1].legend(title='noise level: images')
+    figure.tight_layout()
+    atomic(folder / 'histogram.png', lambda path: figure.savefig(path, dpi=120))
+    pyplot.close(figure)
+    columns = min(8, len(examples))
+    rows = -(-len(examples) // columns)
+    figure, axes = pyplot.subplots(2 * rows, columns, figsize=(1.25 * columns, 2.75 * rows), squeeze=False)
+    for axis in axes.flat:
+        axis.axis('off')
+    for number, (image, mask, title) in enumerate(examples):
+        row, column = 2 * (number // columns), number % columns
+        mask = np.kron(mask, np.ones((-(-image.shape[0] // mask.shape[0]), -(-image.shape[1] // mask.shape[1]))))
+        mask = mask[:image.shape[0], :image.shape[1], None]
+        axes[row, column].imshow(image)
+        axes[row, column].set_title(title, fontsize=7)
+        axes[row + 1, column].imshow(image * (0.25 + 0.75 * mask) + (1 - mask) * np.array([0.0, 0.05, 0.3]))
+    figure.tight_layout(pad=0.3)
+    atomic(folder / 'foreground.png', lambda path: figure.savefig(path, dpi=120))
+    pyplot.close(figure)
+
+
+def make_examples(sweep, indices, pc, threshold):
+    """Up to 32 readable images for the picture, in order of their foreground proportion."""
+    images = []
+    for index in np.random.default_rng(0).permutation(indices):
+        image, readable = sweep.images[index]
+        images += [image] * readable
+        if len(images) == 32:
+            break
+    tokens, _ = sweep.encode(torch.stack(images))
+    masks = (torch.einsum('bkhw,k->bhw', tokens, pc) > threshold).cpu().numpy()
+    mean, std = (np.array(values, np.float32) for values in (sweep.clip.mean, sweep.clip.std))
+    examples = [((image.permute(1, 2, 0).numpy() * std + mean).clip(0, 1), mask,
+                 f'p {mask.mean():.2f}  level {noise_level(mask.mean())}') for image, mask in zip(images, masks)]
+    return sorted(examples, key=lambda example: example[1].mean())
+
+
+# ---------------------------------------------------------------------------------------------------
+
+def check(config):
+    for key, low in (('pca_images', 1), ('batch_size', 1), ('chunk', 1), ('num_workers', 0), ('seed', 0)):
+        if config[key] < low:
+            raise Fail(f'{key}: must be at least {low}, not {config[key]}')
+    if not 0 < config['foreground_share'] < 1:
+        raise Fail(f"foreground_share: must lie between 0 and 1, not {config['foreground_share']}")
+    if config['sign'] not in (None, 1, -1):
+        raise Fail(f"sign: must be 1, -1 or null (by the rule), not {config['sign']!r}")
+    if config['pca'] is not None and not Path(str(config['pca'])).is_file():
+        raise Fail(f"pca: {config['pca']}: no such file")
+
+
+def main(config):
+    check(config)
+    folder = Path(config['output'])
+    if (folder / 'config.yaml').is_file():
+        changed = changed_keys(yaml.safe_load((folder / 'config.yaml').read_text()) or {}, config, FREE)
+        if changed:
+            raise Fail(f"{folder}: holds a run with other settings: {', '.join(changed)}; "
+                       'choose another output, or delete the folder to start again')
+    parts = folder / 'parts'  # what is finished of an unfinished run
+    if (folder / 'fg_proportion.npz').is_file():
+        if os.environ.get('RANK', '0') == '0':
+            print(f'{folder}: this run is finished; delete the folder to start again')
+            shutil.rmtree(parts, ignore_errors=True)
+        return
+    from data import source_dataset  # here, because they take seconds and a mistake in the YAML should not
+    from models import FrozenClip
+    processes = Processes(config['device'])
+    precision = config['precision']
+    if precision == 'auto':
+        precision = 'fp16' if processes.device.type == 'cuda' else 'fp32'
+    dtype = precision_dtype(precision, processes.device)
+    if processes.main:
+        source = source_dataset(config['dataset'])  # downloads, if it has to, once
+    processes.barrier()
+    if not processes.main:
+        source = source_dataset({**config['dataset'], 'download': False})
+    clip = FrozenClip(config['clip'], processes.device)
+    pca_count = min(config['pca_images'], len(source))
+    published = published_component(config['pca'], clip.token_dim) if config['pca'] is not None else None
+    if (parts / 'run.npz').is_file():
+        with np.load(parts / 'run.npz') as old:
+            if (str(old['encoder']), int(old['images'])) != (clip.fingerprint(), len(source)):
+                raise Fail(f'{folder}: was started with other weights or another number of images; delete the folder')
+    processes.barrier()
+    log = Log(folder, config, processes.main)
+    parts.mkdir(parents=True, exist_ok=True)
+    if processes.main:
+        atomic(parts / 'run.npz', lambda path: np.savez(path, encoder=clip.fingerprint(), images=len(source)))
+    log.write(f"{len(source):,} images; {config['clip']['model']}: {clip.image_size} px, tokens {clip.token_dim}, "
+              f'embedding {clip.embedding_dim}; {processes.world} x {processes.device.type}; run folder {folder}')
+    if pca_count < config['pca_images']:
+        log.write(f"pca_images: {config['pca_images']:,} asked for, the dataset has {pca_count:,}: all are used")
+    sweep = Sweep(config, parts, source, clip, dtype, processes, log)
+    picked = np.sort(np.random.default_rng(config['seed']).choice(len(source), pca_count, replace=False))
+
+    # Pass 1: covariance of the tokens, then projections of the same tokens
+    def sums(tokens, embedding, readable):
+        rows = tokens[readable].permute(0, 2, 3, 1).reshape(-1, clip.token_dim).double()
+        return {'count': np.array(float(len(rows))), 'total': rows.sum(0).cpu().numpy(),
+                'outer': (rows.T @ rows).cpu().numpy()}
+
+    files = sweep('covariance', picked, sums, np.add)
+    if not (parts / 'component.npz').is_file() and processes.main:
+        count, total, outer = 0, 0, 0
+        for part in load_parts(files):
+            count, total, outer = count + part['count'], total + part['total'], outer + part['outer']
+        if not count:
+            raise Fail(f'{source.path(picked[0])}: unreadable, and so are all of the pca images')
+        pc, mean, covariance = first_component(count, total, outer)
+        pc = pc if published is None else published
+        if not np.trace(covariance) > 0:
+            raise Fail('the tokens of all pca images are equal: there is no component to find')
+        explained = pc @ covariance @ pc / np.trace(covariance)
+        atomic(parts / 'component.npz', lambda path: np.savez(path, pc=pc, mean=mean, explained=explained))
+    processes.barrier()
+    component, = load_parts([parts / 'component.npz'])
+    pc = torch.from_numpy(component['pc']).float().to(processes.device)
+
+    def projections(tokens, embedding, readable):
+        return {'projection': torch.einsum('bkhw,k->bhw', tokens, pc)[readable].cpu().numpy()}
+
+    files = sweep('projection', picked, projections, lambda a, b: np.concatenate([a, b]))
+    projection = np.concatenate([part['projection'] for part in load_parts(files)])
+    sign, line = choose_sign(projection, config['foreground_share'], config['sign'])
+    projection, pc = sign * projection, sign * pc
+    threshold = np.float32(np.quantile(projection, 1 - config['foreground_share']))
+    log.write(f"component: {component['explained']:.1%} of the variance; {line}; threshold {threshold:.4f}: "
+              f'{(projection > threshold).mean():.1%} of the tokens are foreground',
+              stage='component', explained=float(component['explained']), sign=sign, threshold=float(threshold))
+
+    # Pass 2: every image once
+    def measures(tokens, embedding, readable):
+        proportion = (torch.einsum('bkhw,k->bhw', tokens, pc) > float(threshold)).float().mean((1, 2))
+        return {'proportion': torch.where(readable, proportion, torch.nan).cpu().numpy(),
+                'embedding': (embedding * readable[:, None]).half().cpu().numpy()}
+
+    result = {'pc': pc.cpu().numpy(), 'mean': component['mean'].astype(np.float32), 'threshold': threshold,
+              'sign': sign, 'explained': component['explained'], 'encoder': clip.fingerprint()}
+    if config['proportions']:
+        files = sweep('proportion', np.arange(len(source)), measures, lambda a, b: np.concatenate([a, b]))
+    if not processes.main:
+        return
+    proportion = level = None
+    if config['proportions']:
+        proportion = np.concatenate([part['proportion'] for part in load_parts(files)])
+        level = noise_level(proportion)
+        result.update(proportion=proportion, noise_level=level)
+
+        def write_embeddings(path):
+            embeddings = np.lib.format.open_memmap(path, 'w+', np.float16, (len(source), clip.embedding_dim))
+            start = 0
+            for part in load_parts(files):
+                embeddings[start:start + len(part['embedding'])] = part['embedding']
+                start += len(part['embedding'])
+            embeddings.flush()
+        atomic(folder / 'embeddings.npy', write_embeddings)
+    draw(folder, projection, threshold, proportion, level, make_examples(sweep, picked, pc, float(threshold)))
+    atomic(folder / 'fg_proportion.npz', lambda path: np.savez(path, **result))  # last: it marks the run as finished
+    if config['proportions']:
+        counts = {int(value): int((level == value).sum()) for value in range(0, 500, 100)}
+        log.write('noise level: ' + ', '.join(f'{value}: {count:,}' for value, count in counts.items())
+                  + f' images; mean proportion {np.nanmean(proportion):.3f}', stage='levels', **{
+                      f'level_{value}': count for value, count in counts.items()})
+        report_unreadable(source, np.flatnonzero(level < 0), log)
+    log.write(f'wrote {folder}/fg_proportion.npz; see {folder}/foreground.png and histogram.png')
+    log.close()
+    shutil.rmtree(parts, ignore_errors=True)
+
+
+def report_unreadable(source, indices, log):
+    """Name the images that could not be read, with the reason of each."""
+    if not len(indices):
+        return
+    reasons = []
+    for index in indices.tolist():
+        try:
+            source[index]
+            reason = 'could be read on the second attempt'
+        except Exception as error:
+            reason = f'{type(error).__name__}: {error}'
+        reasons.append({'index': index, 'path': str(source.path(index)), 'reason': reason})
+    first = '; '.join(f"{r['index']} {r['path']} ({r['reason'][:100]})" for r in reasons[:5])
+    log.write(f'{len(indices):,} unreadable images have noise level -1 and get no view: {first}'
+              + ('; all are in log.jsonl' if len(reasons) > 5 else ''), unreadable=reasons)
+
+
+if __name__ == '__main__':
+    run(main, DEFAULTS)

@@ -1,0 +1,747 @@
+import inspect
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms as T
+import torchvision.transforms.functional as F
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data  # noqa: E402
+from data import DataError, PairLoader, open_beton, source_dataset, write_beton  # noqa: E402
+
+FULL = dict(size=32, crop_scale=[0.2, 1.0], flip=0.5, jitter=[0.4, 0.4, 0.2, 0.1], jitter_prob=0.8, gray_prob=0.2,
+            blur_prob=0.5, blur_sigma=[0.1, 2.0], solarize_prob=0.2)
+
+
+def picture(seed, h=40, w=48):
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8)).resize((w, h), Image.BICUBIC)
+    return np.clip(np.asarray(small) + rng.normal(0, 10, (h, w, 3)), 0, 255).astype(np.uint8)
+
+
+def sample(i):
+    """Every fifth sample has no view; sizes differ."""
+    view = None if i % 5 == 4 else picture(1000 + i, 36, 36)
+    return picture(i, 40 + i % 7, 48), view, i % 3, 10 * i, -1 if view is None else 100
+
+
+def flat(batch):
+    """A batch as bytes per index, to compare across batch sizes and ranks."""
+    return {int(i): b''.join(v[k].contiguous().numpy().tobytes() for v in batch['views']) + bytes([batch['synthetic'][k] + 1])
+            for k, i in enumerate(batch['index'])}
+
+
+def epoch(loader, *args):
+    found = {}
+    for batch in loader.epoch(*args):
+        found |= flat(batch)
+    return found
+
+
+@pytest.fixture(scope='module')
+def jpg(tmp_path_factory):
+    path = tmp_path_factory.mktemp('jpg') / 'pairs.beton'
+    write_beton(path, sample, 60, {'what': 'test'}, mode='jpg', quality=95)
+    return path
+
+
+@pytest.fixture(scope='module')
+def raw(tmp_path_factory):
+    path = tmp_path_factory.mktemp('raw') / 'pairs.beton'
+    write_beton(path, sample, 60, {}, mode='raw')
+    return path
+
+
+@pytest.fixture
+def copy(jpg, tmp_path):
+    """A copy of the beton and its sidecar, to damage."""
+    for name in (jpg.name, f'{jpg.name}.json'):
+        shutil.copy(jpg.parent / name, tmp_path / name)
+    return tmp_path / jpg.name
+
+
+def flip(path, at):
+    with open(path, 'r+b') as file:
+        file.seek(at)
+        byte = file.read(1)
+        file.seek(at)
+        file.write(bytes([byte[0] ^ 0xFF]))
+
+
+def reseal(path):
+    """Make the sidecar agree with a damaged beton, so that only reading can find the damage."""
+    side = json.loads(Path(f'{path}.json').read_text())
+    side['bytes'] = path.stat().st_size
+    side['crc32'] = data._crc32(path, range(-(-side['bytes'] // data.BLOCK)))
+    Path(f'{path}.json').write_text(json.dumps(side))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The fault table: what a user does to a file, and the one line that answers
+
+def half_written(p):
+    p.rename(f'{p}.partial')
+
+
+def edit_sidecar(**changes):
+    return lambda p: Path(f'{p}.json').write_text(json.dumps({**json.loads(Path(f'{p}.json').read_text()), **changes}))
+
+
+FAULTS = {
+    'missing': (lambda p: p.unlink(), 'does not exist'),
+    'half-written': (half_written, 'does not exist .only a half-written'),
+    'empty': (lambda p: p.write_bytes(b''), 'empty or not an FFCV beton'),
+    'foreign': (lambda p: p.write_bytes(b'PK\3\4' * 5000), 'empty or not an FFCV beton'),
+    'half': (lambda p: os.truncate(p, p.stat().st_size // 2), 'truncated'),
+    'nine tenths': (lambda p: os.truncate(p, p.stat().st_size * 9 // 10), 'truncated'),
+    'last 4 KB': (lambda p: os.truncate(p, p.stat().st_size - 4096), 'truncated'),
+    'longer': (lambda p: os.truncate(p, p.stat().st_size + 4096), 'not the file the sidecar belongs to'),
+    'data flipped': (lambda p: flip(p, data.Reader(str(p)).alloc_table['ptr'][17] + 99), 'damaged'),
+    'metadata flipped': (lambda p: flip(p, 24 + 5 * 1041 + 30), 'damaged'),
+    'number of samples flipped': (lambda p: flip(p, 12), 'damaged'),
+    'table flipped': (lambda p: flip(p, p.stat().st_size - 20), 'damaged'),
+    'no sidecar': (lambda p: Path(f'{p}.json').unlink(), 'sidecar pairs.beton.json is missing'),
+    'sidecar is no JSON': (lambda p: Path(f'{p}.json').write_text('{"samples": 6'), 'not the sidecar'),
+    'sidecar is other JSON': (lambda p: Path(f'{p}.json').write_text('[1, 2]'), 'not the sidecar'),
+    'sidecar of another beton': (edit_sidecar(bytes=1 << 24), 'truncated'),
+    'sidecar counts other samples': (edit_sidecar(samples=59), '60 samples, its sidecar says 59'),
+    'sidecar without checksums': (edit_sidecar(crc32=[]), 'not the sidecar'),
+    'other fields': (edit_sidecar(fields=['image', 'label']), 'its fields are'),
+}
+
+
+@pytest.mark.parametrize('fault', FAULTS)
+def test_every_damage_is_one_clear_line(copy, fault):
+    damage, words = FAULTS[fault]
+    open_beton(copy)                                     # remembered as good: the damage must be seen all the same
+    damage(copy)
+    with pytest.raises(DataError, match=words) as e:
+        PairLoader(copy, [FULL], batch_size=4, seed=0, num_workers=1)
+    assert str(copy) in str(e.value) and '\n' not in str(e.value) and len(str(e.value)) < 400
+
+
+def test_metadata_is_checked_without_verify(copy):
+    flip(copy, 24 + 5 * 1041 + 30)
+    with pytest.raises(DataError, match='damaged'):
+        open_beton(copy, verify=False)
+
+
+def test_a_beton_with_other_fields_is_refused(copy):
+    with open(copy, 'r+b') as file:                      # rename `view` in the file itself
+        file.seek(24 + 1041 + 1)
+        file.write(b'wiew')
+    reseal(copy)
+    with pytest.raises(DataError, match='its fields are image, wiew'):
+        open_beton(copy)
+
+
+def test_full_check_is_remembered_until_the_file_changes(copy, monkeypatch):
+    monkeypatch.setattr(data, 'BLOCK', 1 << 16)
+    reseal(copy)
+    checked, crc32 = [], data._crc32
+    monkeypatch.setattr(data, '_crc32', lambda path, blocks: checked.append(len(blocks)) or crc32(path, blocks))
+    every = -(-copy.stat().st_size // data.BLOCK)
+    open_beton(copy), open_beton(copy)
+    assert checked[0] == every and 0 < checked[1] < every
+    os.utime(copy)
+    open_beton(copy)
+    assert checked[2] == every
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+def test_sidecar_and_bytes_do_not_depend_on_workers(tmp_path):
+    for mode in ('raw', 'jpg'):
+        for workers in (1, 3):
+            side = write_beton(tmp_path / f'{mode}{workers}', sample, 40, {'a': [1]}, mode=mode, num_workers=workers)
+        assert (tmp_path / f'{mode}1').read_bytes() == (tmp_path / f'{mode}3').read_bytes()
+        assert side == open_beton(tmp_path / f'{mode}3')
+        assert (side['samples'], side['with_view'], side['max_resolution'], side['settings']) == (40, 32, 48, {'a': [1]})
+        assert side['bytes'] < 20e6                      # small sets stay small
+    assert not list(tmp_path.glob('*.partial'))
+
+
+def test_no_image_crosses_a_page_and_all_lie_in_order(tmp_path):
+    write_beton(tmp_path / 'b', lambda i: (picture(i, 300, 400), picture(-i % 9, 200, 300), 0, i, 0), 20, {}, page_size=1 << 19)
+    reader = data.Reader(str(tmp_path / 'b'))
+    first, size = reader.alloc_table['ptr'], reader.alloc_table['size']
+    assert (first // (1 << 19) == (first + size - 1) // (1 << 19)).all() and (np.diff(first.astype(np.int64)) >= size[:-1]).all()
+    assert len(np.unique(first // (1 << 19))) > 5
+
+
+@pytest.mark.parametrize('bad, words', [
+    (lambda: (np.zeros((8, 8), np.uint8), None, 0, 7, -1), r'`image` must be a uint8 array'),
+    (lambda: (np.zeros((8, 8, 4), np.uint8), None, 0, 7, -1), r'not uint8 \(8, 8, 4\)'),
+    (lambda: (np.zeros((8, 8, 3)), None, 0, 7, -1), 'not float64'),
+    (lambda: (Image.new('RGB', (8, 8)), None, 0, 7, -1), 'not Image'),
+    (lambda: (None, None, 0, 7, -1), 'not NoneType'),
+    (lambda: (picture(0), np.zeros((0, 8, 3), np.uint8), 0, 7, 0), '`view` has 0 x 8 pixels'),
+    (lambda: (np.zeros((1000, 1000, 3), np.uint8), None, 0, 7, -1), 'does not fit a page'),
+    (lambda: (picture(0), None, 0, 7, 200), 'noise_level'),
+    (lambda: (picture(0), picture(1), 0, 7, -1), 'noise_level'),
+    (lambda: (picture(0), None, 0, -7, -1), 'index'),
+    (lambda: 1 / 0, 'division by zero')])
+def test_a_bad_sample_stops_the_writer_and_leaves_nothing(tmp_path, bad, words):
+    before = threading.active_count()
+    with pytest.raises((DataError, ZeroDivisionError), match=words) as e:
+        write_beton(tmp_path / 'b.beton', lambda i: bad() if i == 7 else sample(i), 30, {})
+    assert 'division' in words or 'sample 7' in str(e.value)
+    assert os.listdir(tmp_path) == [] and threading.active_count() == before
+
+
+def test_settings_that_are_no_json_are_refused_before_any_work(tmp_path):
+    with pytest.raises(TypeError):
+        write_beton(tmp_path / 'b', lambda i: pytest.fail('a sample was asked for'), 3, {'a': object()})
+
+
+def test_odd_memory_layouts_are_stored_right(tmp_path):
+    image = picture(3)
+    write_beton(tmp_path / 'b', lambda i: (image[::2, ::-1], np.asfortranarray(image), 0, i, 0), 2, {})
+    with open(tmp_path / 'b', 'rb') as file:
+        meta = data.Reader(str(tmp_path / 'b')).metadata[1]
+        for field, want in (('f0', image[::2, ::-1]), ('f1', image)):
+            file.seek(meta[field]['data_ptr'])
+            assert file.read(want.size) == want.tobytes()
+
+
+def run(code, *args, **kwargs):
+    """A Python process that runs `code`, with data and numpy imported and a sample to write."""
+    head = f'import sys, time; sys.path.insert(0, {str(Path(data.__file__).parent)!r})\nimport numpy as np, data\n' \
+        'pixels = np.arange(6000, dtype=np.uint8).reshape(40, 50, 3)\n'
+    return subprocess.Popen([sys.executable, '-c', head + inspect.cleandoc(code), *map(str, args)], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, **kwargs)
+
+
+def test_a_killed_writer_leaves_no_beton_no_process_no_shared_memory(tmp_path):
+    shared = set(os.listdir('/dev/shm'))
+    process = run('''
+        def slow(i):
+            if i == 70:
+                print('under way', flush=True)
+            time.sleep(0.01)
+            return pixels, None, 0, i, -1
+        data.write_beton(sys.argv[1], slow, 100_000, {})''', tmp_path / 'b.beton', start_new_session=True)
+    assert process.stdout.readline() == 'under way\n'
+    process.send_signal(signal.SIGKILL)
+    process.wait(20)
+    with pytest.raises(ProcessLookupError):              # nobody of its process group is left
+        time.sleep(0.2)
+        os.killpg(process.pid, 0)
+    assert set(os.listdir('/dev/shm')) <= shared and not (tmp_path / 'b.beton').exists()
+    with pytest.raises(DataError, match='half-written'):
+        open_beton(tmp_path / 'b.beton')
+    write_beton(tmp_path / 'b.beton', sample, 5, {})     # the same command again
+    assert open_beton(tmp_path / 'b.beton')['samples'] == 5 and not list(tmp_path.glob('*.partial'))
+
+
+def test_disk_full_is_one_error_and_leaves_nothing(tmp_path):
+    process = run('''
+        import resource
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3 << 20, 3 << 20))
+        try:
+            data.write_beton(sys.argv[1], lambda i: (pixels, None, 0, i, -1), 2000, {})
+        except data.DataError as e:
+            print(e)''', tmp_path / 'b.beton')
+    out, err = process.communicate(timeout=60)
+    assert out.count('\n') == 1 and 'cannot be written: File too large' in out and str(tmp_path) in out, out + err
+    assert os.listdir(tmp_path) == []
+
+
+def test_two_writers_of_one_file(tmp_path):
+    def nested(i):
+        with pytest.raises(DataError, match='another process'):
+            write_beton(tmp_path / 'b', sample, 5, {})
+        return sample(i)
+    write_beton(tmp_path / 'b', nested, 3, {}, num_workers=1)
+    assert open_beton(tmp_path / 'b')['samples'] == 3
+
+
+def test_an_unwritable_folder(tmp_path):
+    with pytest.raises(DataError, match='cannot be written'):
+        write_beton(tmp_path / 'missing' / 'b', sample, 5, {})
+
+
+def test_stock_ffcv_reads_it(tmp_path):
+    from ffcv.fields.basics import IntDecoder
+    from ffcv.fields.rgb_image import SimpleRGBImageDecoder
+    from ffcv.loader import Loader, OrderOption
+    from ffcv.transforms import ToTensor
+    write_beton(tmp_path / 'b', lambda i: (picture(i), picture(i + 50), i % 3, 7 * i, 100), 10, {}, mode='raw')
+    pixels, number = (lambda: [SimpleRGBImageDecoder(), ToTensor()]), (lambda: [IntDecoder(), ToTensor()])
+    loader = Loader(str(tmp_path / 'b'), batch_size=5, num_workers=1, order=OrderOption.SEQUENTIAL, pipelines={
+        'image': pixels(), 'view': pixels(), 'label': number(), 'index': number(), 'noise_level': number()})
+    seen = 0
+    for images, views, label, index, noise_level in loader:
+        for k in range(5):
+            assert (images[k].numpy() == picture(seen)).all() and (views[k].numpy() == picture(seen + 50)).all()
+            assert (int(label[k]), int(index[k]), int(noise_level[k])) == (seen % 3, 7 * seen, 100)
+            seen += 1
+    assert seen == 10
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Augmentations against torchvision on PIL
+
+def planar(image):
+    return np.ascontiguousarray(image.reshape(-1, 3).T)
+
+
+def interleaved(p, size):
+    return p.T.reshape(size, size, 3).astype(int)
+
+
+@pytest.mark.parametrize('size', [7, 32, 96, 224])
+@pytest.mark.parametrize('name, ours, theirs', [
+    ('brightness', lambda p: data._brightness(p, 1.37), lambda x: F.adjust_brightness(x, 1.37)),
+    ('darkness', lambda p: data._brightness(p, 0.0), lambda x: F.adjust_brightness(x, 0.0)),
+    ('contrast', lambda p: data._contrast(p, 0.61), lambda x: F.adjust_contrast(x, 0.61)),
+    ('more contrast', lambda p: data._contrast(p, 1.8), lambda x: F.adjust_contrast(x, 1.8)),
+    ('saturation', lambda p: data._saturation(p, 1.21), lambda x: F.adjust_saturation(x, 1.21)),
+    ('less saturation', lambda p: data._saturation(p, 0.3), lambda x: F.adjust_saturation(x, 0.3)),
+    ('grayscale', lambda p: data._grayscale(p), lambda x: F.rgb_to_grayscale(x, 3)),
+    ('solarize', lambda p: data._solarize(p), lambda x: F.solarize(x, 128))])
+def test_colour_operations_are_exact(size, name, ours, theirs):
+    image = picture(size, size, size)
+    p = planar(image)
+    ours(p)
+    want = np.asarray(theirs(Image.fromarray(image))).astype(int)
+    assert (interleaved(p, size) == want).all() and (want != image).any()
+
+
+@pytest.mark.parametrize('shift', [-0.5, -0.37, -0.01, 0.08, 0.1, 0.5])
+def test_hue_is_exact(shift):
+    levels = np.r_[0:256:3, 1:256:29, 255].astype(np.uint8)
+    levels = np.unique(levels)
+    n = int(len(levels) ** 1.5) + 1
+    colours = np.zeros((n * n, 3), np.uint8)
+    every = np.stack(np.meshgrid(levels, levels, levels, indexing='ij'), -1).reshape(-1, 3)
+    colours[:len(every)] = every
+    p = planar(colours)
+    data._hue(p, shift)
+    assert (interleaved(p, n) == np.asarray(F.adjust_hue(Image.fromarray(colours.reshape(n, n, 3)), shift))).all()
+
+
+@pytest.mark.parametrize('size, kernel', [(32, 3), (96, 9), (224, 23)])
+@pytest.mark.parametrize('sigma', [0.1, 0.5, 1.0, 2.0])
+def test_blur_is_within_one_level(size, kernel, sigma):
+    image = picture(size, size, size)
+    p = planar(image)
+    data._blur(p, size, sigma, np.empty(2 * size * size, np.float32))
+    difference = interleaved(p, size) - np.asarray(F.gaussian_blur(Image.fromarray(image), kernel, [sigma]))
+    assert abs(difference).max() <= 1 and (difference != 0).mean() < 0.01
+
+
+def render(image, recipe, key):
+    """One view of an image by our kernel and by torchvision with the same parameters; and the parameters."""
+    row = np.array(data._recipe_row(recipe, 'recipe'))
+    size, (h, w) = recipe['size'], image.shape[:2]
+    d = data._draw(np.uint64(key), row, h, w)
+    out = np.empty(3 * size * size, np.uint8)
+    data._augment(image.reshape(-1), h, w, row, d, np.empty(3 * h * size, np.uint8), np.empty(3 * size * size, np.uint8),
+                  np.empty(2 * size * size, np.float32), out)
+    x = Image.fromarray(image)
+    if recipe.get('crop_scale'):
+        box = [int(d[k]) for k in (data.TOP, data.LEFT, data.HEIGHT, data.WIDTH)]
+        direct, full = F.resized_crop(x, *box, [size, size]), (size, size)
+        x = F.crop(x, *box)
+    else:
+        full = F.resize(x, recipe.get('resize', size)).size
+        direct = F.center_crop(F.resize(x, recipe.get('resize', size)), size)
+    # Pillow up to 12 resizes across, then down, as we do; Pillow 13 swaps the passes of some shapes: one level at most
+    x = F.center_crop(x.resize((full[0], x.height), Image.BILINEAR).resize(full, Image.BILINEAR), size)
+    assert abs(np.asarray(x).astype(int) - np.asarray(direct)).max() <= 1
+    x = F.hflip(x) if d[data.FLIPPED] else x
+    for k in data.ORDERS[int(d[data.ORDER])] if d[data.FH] else ():
+        x = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)[k](x, d[data.FB + k])
+    x = F.rgb_to_grayscale(x, 3) if d[data.GRAYED] else x
+    x = F.gaussian_blur(x, int(0.1 * size) | 1, [d[data.SIGMA]]) if d[data.SIGMA] else x
+    x = F.solarize(x, 128) if d[data.SOLARIZED] else x
+    return out.reshape(size, size, 3).astype(int), np.asarray(x).astype(int), d
+
+
+@pytest.mark.parametrize('size', [24, 64, 160])           # of a 90 x 130 image: shrinks, both, enlarges
+def test_whole_view_equals_torchvision(size):
+    image, blurred = picture(5, 90, 130), 0
+    for key in range(60):
+        ours, theirs, d = render(image, {**FULL, 'size': size}, key)
+        off = abs(ours - theirs)
+        if not d[data.SIGMA]:
+            assert off.max() == 0, key
+        elif not d[data.SOLARIZED]:                      # which turns a blurred 127 or 128 into far apart levels
+            assert off.max() <= 1 and (off > 0).mean() < 0.01, key
+        blurred += d[data.SIGMA] > 0
+    assert 10 < blurred < 50
+
+
+@pytest.mark.parametrize('h, w', [(90, 130), (131, 77), (40, 40), (20, 33)])
+def test_evaluation_crop_equals_torchvision(h, w):
+    ours, theirs, _ = render(picture(6, h, w), {'size': 40, 'resize': 46}, 0)
+    assert (ours == theirs).all()
+    ours, theirs, _ = render(picture(6, h, w), {'size': 40}, 0)
+    assert (ours == theirs).all()
+
+
+@pytest.mark.parametrize('h, w', [(90, 130), (200, 60), (32, 32)])
+def test_draws_have_torchvisions_distribution(h, w):
+    n, row = 3000, np.array(data._recipe_row({**FULL, 'crop_scale': [0.08, 1.0]}, 'recipe'))
+    ours = np.array([data._draw(np.uint64(data._key(1, 2, i, 0)), row, h, w) for i in range(n)])
+    torch.manual_seed(0)
+    image = Image.new('RGB', (w, h))
+    theirs = np.array([T.RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(n)])
+    a = np.column_stack([ours[:, :4], ours[:, 2] * ours[:, 3], ours[:, 2] / ours[:, 3]])
+    b = np.column_stack([theirs, theirs[:, 2] * theirs[:, 3], theirs[:, 2] / theirs[:, 3]])
+    for k in range(6):                                   # two-sample Kolmogorov-Smirnov: 1.95 is the 0.1 % level
+        grid = np.unique(np.concatenate([a[:, k], b[:, k]]))
+        gap = abs(np.searchsorted(np.sort(a[:, k]), grid, 'right') - np.searchsorted(np.sort(b[:, k]), grid, 'right'))
+        assert gap.max() / n < 1.95 * (2 / n) ** 0.5, k
+    jittered = ours[ours[:, data.FH] != 0]
+    near = lambda x, p: abs(x.mean() - p) < 4 * (p * (1 - p) / len(x)) ** 0.5
+    assert near(ours[:, data.FLIPPED], 0.5) and near(ours[:, data.FH] != 0, 0.8) and near(ours[:, data.GRAYED], 0.2)
+    assert near(ours[:, data.SIGMA] > 0, 0.5) and near(ours[:, data.SOLARIZED], 0.2)
+    assert (np.bincount(jittered[:, data.ORDER].astype(int), minlength=24) > 50).all()
+    for column, lo, hi in ((data.FB, 0.6, 1.4), (data.FC, 0.6, 1.4), (data.FS, 0.8, 1.2), (data.FH, -0.1, 0.1)):
+        x = jittered[:, column]
+        assert lo <= x.min() < lo + 0.01 and hi - 0.01 < x.max() <= hi and abs(x.mean() - (lo + hi) / 2) < 0.05 * (hi - lo)
+    independent = np.corrcoef(ours[:, [0, 1, 2, data.FLIPPED, data.FB, data.FC, data.FS, data.FH, data.GRAYED]].T)
+    assert abs(independent[3:, :][:, :3]).max() < 0.1 and abs(np.triu(independent[3:, 3:], 1)).max() < 0.1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loader
+
+def test_a_batch_is_what_the_docstring_says(jpg):
+    loader = PairLoader(jpg, [FULL, FULL, {**FULL, 'size': 16}], batch_size=7, seed=0, num_workers=2, drop_last=False)
+    batches = list(loader.epoch(3))
+    assert len(loader) == len(batches) == 9 and len(batches[-1]['index']) == 60 - 8 * 7
+    seen = torch.cat([b['index'] for b in batches])
+    assert sorted(seen.tolist()) == list(range(0, 600, 10)) and seen.tolist() != sorted(seen.tolist())
+    for b in batches:
+        for view, size in zip(b['views'], (32, 32, 16)):
+            assert view.shape == (len(b['index']), 3, size, size) and view.dtype == torch.uint8
+            assert view.is_contiguous(memory_format=torch.channels_last)
+        assert b['label'].dtype == b['index'].dtype == b['noise_level'].dtype == torch.int64
+        assert b['synthetic'].dtype == torch.int8
+        assert (b['label'] == b['index'] // 10 % 3).all()
+        assert (b['noise_level'] == torch.where(b['index'] // 10 % 5 == 4, -1, 100)).all()
+        assert ((b['synthetic'] == -1) == (b['noise_level'] == -1)).all()
+
+
+@pytest.mark.parametrize('mode', ['jpg', 'raw'])
+def test_pixels_are_those_of_the_right_image(request, mode):
+    loader = PairLoader(request.getfixturevalue(mode), [{'size': 36, 'crop_scale': [1, 1]}, {'size': 36}], swap='second',
+                        batch_size=60, seed=0, num_workers=2, shuffle=False)
+    batch = next(loader.epoch(0))
+    for k, i in enumerate((batch['index'] // 10).tolist()):
+        image, view, *_ = sample(i)
+        want = image if view is None else view
+        want = np.asarray(F.center_crop(F.resize(Image.fromarray(want), 36), 36)).astype(int)
+        difference = abs(batch['views'][1][k].permute(1, 2, 0).numpy() - want)
+        assert difference.max() == 0 if mode == 'raw' else difference.mean() < 12
+
+
+def test_pixels_do_not_depend_on_threads_batches_or_processes(jpg):
+    base = dict(seed=5, views=[FULL, FULL])
+    one = epoch(PairLoader(jpg, batch_size=60, num_workers=1, **base), 2)
+    assert len(one) == 60
+    assert one == epoch(PairLoader(jpg, batch_size=6, num_workers=3, **base), 2)
+    ranks = [PairLoader(jpg, batch_size=15, num_workers=2, rank=r, world=2, **base) for r in (0, 1)]
+    halves = [epoch(r, 2) for r in ranks]
+    assert len(halves[0]) == len(halves[1]) == 30 and halves[0] | halves[1] == one
+    again = PairLoader(jpg, batch_size=6, num_workers=2, **base)
+    other = epoch(again, 3), epoch(PairLoader(jpg, batch_size=60, num_workers=2, seed=6, views=base['views']), 2)
+    for different in other:
+        assert sum(different[i] == one[i] for i in one) <= 1
+    assert epoch(again, 2) == one                        # and epochs in any order
+
+
+def test_global_batches_are_the_same_for_any_world(jpg):
+    def batches(world, start=0):
+        loaders = [PairLoader(jpg, [FULL], batch_size=12 // world, seed=1, num_workers=1, rank=r, world=world)
+                   for r in range(world)]
+        return [sum((b['index'].tolist() for b in parts), []) for parts in zip(*(one.epoch(4, start) for one in loaders))]
+    assert batches(1) == batches(2) == batches(3) and len(batches(1)) == 5
+    assert batches(2, start=3) == batches(1)[3:]
+    assert batches(1, start=5) == []
+
+
+def test_a_resumed_epoch_continues_exactly(jpg):
+    loader = PairLoader(jpg, [FULL, FULL], batch_size=8, seed=1, num_workers=2)
+    whole, rest = [flat(b) for b in loader.epoch(1)], [flat(b) for b in loader.epoch(1, start_batch=4)]
+    assert rest == whole[4:] and len(rest) == 3
+
+
+def test_the_last_batch_is_shared_out_evenly(jpg):
+    loaders = [PairLoader(jpg, [FULL], batch_size=16, seed=1, num_workers=1, rank=r, world=3, drop_last=False) for r in range(3)]
+    parts = [[b['index'].tolist() for b in one.epoch(0)] for one in loaders]
+    assert [len(p) for p in parts] == [2, 2, 2] and [len(p[1]) for p in parts] == [4, 4, 4]
+    assert sorted(i for p in parts for b in p for i in b) == list(range(0, 600, 10))
+
+
+def test_indices_choose_samples(jpg):
+    loader = PairLoader(jpg, [FULL], batch_size=2, seed=1, num_workers=1, indices=[3, 9, 4, 20])
+    assert sorted(epoch(loader, 0)) == [30, 40, 90, 200]
+    in_order = PairLoader(jpg, [FULL], batch_size=2, seed=1, num_workers=1, indices=[3, 9, 4, 20], shuffle=False)
+    assert list(epoch(in_order, 0)) == [30, 90, 40, 200]
+
+
+def test_alpha_and_swap(raw):
+    def synthetic(epochs=20, **kw):
+        loader = PairLoader(raw, [{'size': 8}, {'size': 8}, {'size': 8}], batch_size=60, seed=0, num_workers=2, **kw)
+        batches = [b for e in range(epochs) for b in loader.epoch(e)]
+        have = torch.cat([b['noise_level'] for b in batches]) >= 0
+        found = torch.cat([b['synthetic'] for b in batches])
+        assert (found[~have] == -1).all() and have.sum() == 48 * epochs
+        return found[have]
+    assert (synthetic(alpha=0) == -1).all() and (synthetic(swap='first') == 0).all() and (synthetic(swap='second') == 1).all()
+    both = synthetic()                                   # 960 draws: four standard deviations are 0.065
+    assert set(both.tolist()) == {0, 1} and abs((both == 0).float().mean() - 0.5) < 0.065
+    some = synthetic(alpha=0.3)
+    assert abs((some >= 0).float().mean() - 0.3) < 0.06 and {-1, 0, 1} == set(some.tolist())
+    assert len({tuple(x.tolist()) for x in both.view(20, 48)}) == 20     # anew every epoch
+
+
+def test_the_synthetic_view_is_where_the_batch_says(tmp_path):
+    write_beton(tmp_path / 'b', lambda i: (np.full((9, 9, 3), 10, np.uint8), np.full((9, 9, 3), 200, np.uint8), 0, i, 0), 64, {})
+    loader = PairLoader(tmp_path / 'b', [{'size': 4, 'crop_scale': [0.5, 1]}] * 4, alpha=0.7, batch_size=64, seed=0, num_workers=2)
+    batch = next(loader.epoch(0))
+    for v, view in enumerate(batch['views']):
+        want = torch.where(batch['synthetic'] == v, 200, 10)[:, None, None, None]
+        assert (view == want).all()
+
+
+def test_batches_are_never_overwritten(jpg):
+    loader = PairLoader(jpg, [FULL, FULL], batch_size=4, seed=0, num_workers=2)
+    kept, copies = [], []
+    for batch in (b for e in range(3) for b in loader.epoch(e)):
+        kept.append(batch)
+        copies.append({k: [x.clone() for x in v] if k == 'views' else v.clone() for k, v in batch.items()})
+        time.sleep(0.002)
+    assert len(kept) == 45
+    for batch, copied in zip(kept, copies):
+        assert all(torch.equal(a, b) for a, b in zip(batch['views'], copied['views']))
+        assert all(torch.equal(batch[k], copied[k]) for k in ('label', 'index', 'noise_level', 'synthetic'))
+
+
+def test_an_early_break_leaks_nothing(jpg):
+    def count():
+        return threading.active_count(), len(os.listdir('/proc/self/fd'))
+    before = count()
+    loader = PairLoader(jpg, [FULL, FULL], batch_size=4, seed=0, num_workers=2)
+    for batch in loader.epoch(0):
+        break
+    one = count()
+    assert one[0] <= before[0] + 2 and one[1] == before[1] + 1
+    for e in range(20):
+        for batch in loader.epoch(e):
+            break
+    assert count() == one
+    assert len(epoch(loader, 0)) == 60                   # and it still works
+    del loader, batch
+    for _ in range(100):                                 # its threads end soon after the loader
+        if count() == before:
+            break
+        time.sleep(0.05)
+    assert count() == before
+
+
+def test_two_epochs_at_once(jpg):
+    loader = PairLoader(jpg, [FULL], batch_size=10, seed=0, num_workers=2)
+    want = [flat(b) for e in (0, 1) for b in loader.epoch(e)]
+    pairs = [(flat(a), flat(b)) for a, b in zip(loader.epoch(0), loader.epoch(1))]
+    assert [a for a, _ in pairs] + [b for _, b in pairs] == want
+
+
+def test_an_exception_in_a_worker_reaches_the_consumer(jpg, monkeypatch):
+    loader = PairLoader(jpg, [FULL], batch_size=10, seed=0, num_workers=2)
+    monkeypatch.setattr(data, '_render', lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        next(loader.epoch(0))
+    monkeypatch.undo()
+    assert len(epoch(loader, 0)) == 60
+
+
+@pytest.mark.parametrize('field', ['image', 'view'])
+def test_a_jpeg_that_does_not_decode_is_named(copy, field):
+    regions = data.Reader(str(copy)).alloc_table.reshape(60, 2)
+    with open(copy, 'r+b') as file:
+        file.seek(int(regions['ptr'][23, int(field == 'view')]) + 2)
+        file.write(bytes(40))                            # overwrites the JPEG's tables
+    reseal(copy)
+    loader = PairLoader(copy, [FULL, FULL], batch_size=4, seed=0, num_workers=2)
+    with pytest.raises(DataError, match=f'`{field}` of the sample with index 230 is a JPEG that does not decode') as e:
+        epoch(loader, 0)
+    assert str(copy) in str(e.value)
+    if field == 'view':                                  # alpha = 0 reads no views
+        assert len(epoch(PairLoader(copy, [FULL], alpha=0, batch_size=4, seed=0, num_workers=2), 0)) == 60
+
+
+def test_a_file_truncated_while_it_is_read(copy):
+    loader = PairLoader(copy, [FULL], batch_size=4, seed=0, num_workers=1)
+    batches = loader.epoch(0)
+    next(batches)
+    os.truncate(copy, 24 + 5 * 1041)
+    with pytest.raises(DataError, match='ends early: the file has been truncated'):
+        list(batches)
+    with pytest.raises(DataError, match='when it was opened'):
+        loader.epoch(1)
+
+
+@pytest.mark.parametrize('change, words', [
+    (dict(batch_size=61), 'batch of 61'), (dict(batch_size=31, world=2), 'batch of 31 on each of 2'), (dict(batch_size=0), 'batch_size'),
+    (dict(batch_size=2.0), 'batch_size'), (dict(indices=[]), 'indices'), (dict(indices=[0, 60]), 'positions from 0 to 59'),
+    (dict(indices=[-1, 5]), 'positions'), (dict(indices=[0.5]), 'positions'), (dict(rank=2, world=2), 'rank 2 does not fit'),
+    (dict(num_workers=0), 'num_workers'), (dict(seed=-1), 'seed'), (dict(alpha=1.5), 'alpha'), (dict(alpha='1'), 'alpha'),
+    (dict(swap='third'), 'swap'), (dict(views=[]), 'views'), (dict(views=[FULL], swap='second'), 'swap'), (dict(views=[3]), r'views\[0\]'),
+    (dict(views=[FULL, {**FULL, 'jiter': 1}]), r"views\[1\]: unknown key 'jiter', did you mean 'jitter'"),
+    (dict(views=[{'flip': 0.5}]), 'size is None'), (dict(views=[{'size': 1500}]), 'size is 1500'), (dict(views=[{'size': 32.5}]), 'size'),
+    (dict(views=[{'size': 32, 'resize': 31}]), 'resize is 31'), (dict(views=[{'size': 32, 'crop_scale': [0.5, 0.2]}]), 'crop_scale'),
+    (dict(views=[{'size': 32, 'crop_scale': 0.5}]), 'crop_scale'), (dict(views=[{'size': 32, 'flip': 1.1}]), 'flip is 1.1'),
+    (dict(views=[{'size': 32, 'jitter': [0.4, 0.4]}]), 'jitter is'), (dict(views=[{'size': 32, 'jitter': [0, 0, 0, 0.6]}]), 'jitter'),
+    (dict(views=[{'size': 32, 'blur_sigma': [0, 2]}]), 'blur_sigma'), (dict(views=[{'size': 32, 'flip': 'yes'}]), "flip is 'yes'")])
+def test_impossible_settings_are_refused_up_front(jpg, change, words):
+    with pytest.raises(DataError, match=words):
+        PairLoader(jpg, **{**dict(views=[FULL, FULL], batch_size=4, seed=0, num_workers=1), **change})
+
+
+def test_impossible_epochs(jpg):
+    loader = PairLoader(jpg, [FULL], batch_size=4, seed=0, num_workers=1)
+    for bad in ((-1,), (0, 16), (0, -1)):
+        with pytest.raises(DataError, match='out of range'):
+            loader.epoch(*bad)
+
+
+def test_a_second_process_and_a_new_recipe_compile_nothing(jpg):
+    epoch(PairLoader(jpg, [FULL], batch_size=60, seed=0, num_workers=1), 0)      # compiled at the latest here
+    process = run('''
+        views = [dict(size=24, crop_scale=[0.3, 0.9], blur_prob=1), dict(size=16, jitter=[1, 1, 1, .5], jitter_prob=1), dict(size=8)]
+        loader = data.PairLoader(sys.argv[1], views, swap='first', batch_size=5, seed=9, num_workers=3)
+        print(len(list(loader.epoch(7))), len(data._render.stats.cache_hits), len(data._render.stats.cache_misses),
+              len(data._permutation_keys.stats.cache_misses))''', jpg)
+    out, err = process.communicate(timeout=120)
+    assert out.split() == ['12', '1', '0', '0'], out + err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sources
+
+@pytest.fixture
+def folder(tmp_path):
+    for k, (split, name) in enumerate([('train', 'cat'), ('train', 'dog'), ('val', 'cat'), ('val', 'dog')]):
+        (tmp_path / split / name).mkdir(parents=True)
+        for i in range(5 - k % 2):
+            Image.fromarray(picture(10 * k + i)).save(tmp_path / split / name / f'{i}.png')
+    (tmp_path / 'train' / 'cat' / 'notes.txt').write_text('not an image')
+    return tmp_path
+
+
+def test_image_folder(folder):
+    source = source_dataset({'name': 'folder', 'root': str(folder)})
+    assert len(source) == 9 and source.classes == ['cat', 'dog'] and source.labels.tolist() == [0] * 5 + [1] * 4
+    image, label = source[6]
+    assert image.mode == 'RGB' and label == 1 and source.path(6) == 'dog/1.png' and (np.asarray(image) == picture(11)).all()
+    assert np.asarray(source_dataset({'name': 'folder', 'root': folder, 'split': 'test'})[0][0]).tolist() == picture(20).tolist()
+    assert [label for _, label in source] == source.labels.tolist()
+
+
+def test_flat_folder(folder):
+    source = source_dataset({'name': 'folder', 'root': folder / 'train' / 'dog'})
+    assert len(source) == 4 and source[2][1] == -1 and source.classes == [] and source.path(2) == '2.png'
+
+
+def test_subset_is_balanced_and_stable(folder):
+    pick = lambda n: source_dataset({'name': 'folder', 'root': folder, 'subset': n})
+    assert [pick(4).path(i) for i in range(4)] == ['cat/0.png', 'cat/1.png', 'dog/0.png', 'dog/1.png']
+    assert pick(3).labels.tolist() == [0, 0, 1] and len(pick(9)) == 9
+    for bad in (0, 10, 2.5):
+        with pytest.raises(DataError, match='subset'):
+            pick(bad)
+
+
+def test_an_unreadable_image_is_one_error_of_its_own(folder):
+    broken = folder / 'train' / 'cat' / '1.png'
+    broken.write_bytes(broken.read_bytes()[:200])
+    (folder / 'train' / 'cat' / '2.png').write_bytes(b'')
+    source = source_dataset({'name': 'folder', 'root': folder})
+    for i in (1, 2):
+        with pytest.raises(DataError, match=f'image {i} .cat/{i}.png. cannot be read'):
+            source[i]
+    assert source[0][0].size == source[3][0].size == (48, 40)
+
+
+def test_every_kind_of_image_becomes_rgb(tmp_path):
+    rgb = Image.fromarray(picture(0))
+    deep = (np.asarray(rgb.convert('L')).astype(np.uint16) * 257)
+    clear = rgb.copy()
+    clear.putalpha(Image.new('L', rgb.size, 0))
+    kinds = {'cmyk.jpg': rgb.convert('CMYK'), 'deep.png': Image.fromarray(deep), 'palette.png': rgb.convert('P'), 'gray.jpg': rgb.convert('L'),
+             'clear.png': clear, 'bits.png': rgb.convert('1'), 'la.png': rgb.convert('LA'), 'float.tiff': rgb.convert('F')}
+    for name, image in kinds.items():
+        image.save(tmp_path / name)
+    rgb.save(tmp_path / 'moves.gif', save_all=True, append_images=[Image.new('RGB', rgb.size)])
+    source = source_dataset({'name': 'folder', 'root': tmp_path})
+    found = {source.path(i): source[i][0] for i in range(len(source))}
+    assert len(found) == 9 and all(x.mode == 'RGB' and x.size == (48, 40) for x in found.values())
+    assert (np.asarray(found['deep.png'])[..., 0] == deep // 257).all() and (np.asarray(found['clear.png']) == 255).all()
+    assert abs(np.asarray(found['float.tiff'])[..., 0] - np.asarray(rgb.convert('F'))).max() <= 0.51
+    for name in ('cmyk.jpg', 'palette.png', 'moves.gif'):
+        assert abs(np.asarray(found[name]).astype(int) - picture(0)).mean() < 25
+
+
+@pytest.mark.parametrize('spec, words', [
+    ({'name': 'CIFAR11'}, "did you mean 'CIFAR10'"), ({'name': 'tiny_imagenet'}, "did you mean 'tiny-imagenet'"),
+    ({'nam': 'CIFAR10'}, "unknown key 'nam', did you mean 'name'"), ({'name': None}, 'no dataset is named'), ('CIFAR10', 'expected the keys'),
+    ({'name': 'CIFAR10', 'split': 'all'}, 'split'), ({'name': 'CIFAR10'}, 'CIFAR10 in .*: it is not there and `download` is false'),
+    ({'name': 'tiny-imagenet'}, 'tiny-imagenet is not in'), ({'name': 'folder', 'root': 'nowhere'}, 'No such file'),
+    ({'name': 'STL10'}, 'dataset STL10 in'), ({'name': 'folder'}, 'no images')])
+def test_a_wrong_dataset_is_one_clear_line(tmp_path, spec, words):
+    if isinstance(spec, dict):
+        spec = {**spec, 'root': str(tmp_path / spec.get('root', ''))}
+    with pytest.raises(DataError, match=words) as e:
+        source_dataset(spec)
+    assert '\n' not in str(e.value) and not os.listdir(tmp_path)
+
+
+def test_torchvision_dataset_by_name(tmp_path):
+    for i, name in enumerate(('a', 'b')):
+        (tmp_path / name).mkdir()
+        Image.fromarray(picture(i)).save(tmp_path / name / 'x.png')
+    source = source_dataset({'name': 'ImageFolder', 'root': str(tmp_path)})
+    assert len(source) == 2 and source[1][1] == 1 and source.path(1) == 'b/x.png' and (np.asarray(source[1][0]) == picture(1)).all()
+
+
+def test_cifar_that_cannot_be_fetched_leaves_nothing(tmp_path, monkeypatch):
+    import torchvision.datasets
+
+    def unreachable(root, train, download):
+        if download:
+            (Path(root) / 'half.tar.gz').write_bytes(b'half')
+        raise OSError('no such host')
+    monkeypatch.setattr(torchvision.datasets, 'CIFAR10', unreachable)
+    monkeypatch.setenv('PATH', '')                       # no npm either
+    with pytest.raises(DataError, match='CIFAR10 in .*no such host.*npm'):
+        source_dataset({'name': 'CIFAR10', 'root': tmp_path, 'download': True})
+    assert os.listdir(tmp_path) == []
+
+
+def test_cifar_with_a_wrong_pixel_is_refused(tmp_path):
+    images = {s: np.zeros((n, 32, 32, 3), np.uint8) for s, n in (('train', 50_000), ('test', 10_000))}
+    np.savez(tmp_path / 'cifar10.npz', classes=np.array(list('abcdefghij')), **{f'{s}_images': x for s, x in images.items()},
+             **{f'{s}_labels': np.zeros(len(x), int) for s, x in images.items()})
+    for split in ('train', 'test'):
+        with pytest.raises(DataError, match='cifar10.npz is damaged .number, mean or checksum'):
+            source_dataset({'name': 'CIFAR10', 'root': tmp_path, 'split': split})
+    (tmp_path / 'cifar10.npz').write_bytes(b'PK')
+    with pytest.raises(DataError, match='damaged'):
+        source_dataset({'name': 'CIFAR10', 'root': tmp_path})

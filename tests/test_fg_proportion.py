@@ -1,0 +1,421 @@
+"""Stage 1 on small random models and images made here: the maths, the frozen encoder, the stage as users run it."""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import save_file
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import fg_proportion  # noqa: E402
+from common import Fail, load_config  # noqa: E402
+from models import FrozenClip  # noqa: E402
+
+TEXT = {'context_length': 8, 'vocab_size': 64, 'width': 16, 'heads': 2, 'layers': 1}
+TOWERS = {'vit': {'image_size': 32, 'patch_size': 4, 'width': 24, 'layers': 2, 'head_width': 12},
+          'convnext': {'image_size': 96, 'timm_model_name': 'convnext_atto', 'timm_pool': '', 'timm_proj': 'linear',
+                       'timm_model_pretrained': False}}
+N, UNREADABLE = 44, 13
+
+
+@pytest.fixture(scope='module')
+def clips(tmp_path_factory):
+    """Folders in open_clip's format with random weights: {'vit': path, 'convnext': path}."""
+    folders = {}
+    for name, tower in TOWERS.items():
+        folders[name] = folder = tmp_path_factory.mktemp(name)
+        (folder / 'open_clip_config.json').write_text(json.dumps({
+            'model_cfg': {'embed_dim': 20, 'vision_cfg': tower, 'text_cfg': TEXT},
+            'preprocess_cfg': {'mean': [0.5, 0.4, 0.3], 'std': [0.2, 0.3, 0.4]}}))
+        torch.manual_seed(0)
+        model = open_clip.create_model(f'local-dir:{folder}')
+        for key, weight in model.named_parameters():  # fresh norms are the identity: a test could not see a missing one
+            if weight.ndim == 1:
+                torch.nn.init.uniform_(weight, 0.5, 1.5)
+        save_file({key: value.contiguous() for key, value in model.state_dict().items()},
+                  folder / 'open_clip_model.safetensors')
+    return folders
+
+
+@pytest.fixture(scope='module')
+def images(tmp_path_factory):
+    """N images of a bright square on dark noise; one of them is damaged."""
+    root, random = tmp_path_factory.mktemp('images'), np.random.default_rng(0)
+    for i in range(N):
+        pixels = random.integers(0, 80, (40, 36, 3), dtype=np.uint8)
+        top, left, side = *random.integers(8, 20, 2), random.integers(4, 16)
+        pixels[top:top + side, left:left + side] = random.integers(150, 255, 3)
+        Image.fromarray(pixels).save(root / f'{i:03d}.png')
+    (root / f'{UNREADABLE:03d}.png').write_bytes(b'not an image')
+    return root
+
+
+def write_yaml(path, images, clip, output, **more):
+    path.write_text(yaml.safe_dump({
+        'output': str(output), 'dataset': {'name': 'folder', 'root': str(images)}, 'clip': {'model': str(clip)},
+        'pca_images': 20, 'chunk': 8, 'batch_size': 4, 'num_workers': 0, 'device': 'cpu', **more}))
+    return path
+
+
+def start(*arguments, processes=1):
+    launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(processes)]
+    return subprocess.Popen([sys.executable, *(launcher if processes > 1 else []), 'fg_proportion.py',
+                             *map(str, arguments)], cwd=ROOT, env={**os.environ, 'OMP_NUM_THREADS': '1'}, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def finish(job):
+    output, errors = job.communicate(timeout=200)
+    return job.returncode, output, errors
+
+
+def load(folder):
+    with np.load(folder / 'fg_proportion.npz', allow_pickle=False) as file:
+        result = dict(file)
+    if (folder / 'embeddings.npy').exists():
+        result['embeddings'] = np.load(folder / 'embeddings.npy', mmap_mode='r')
+    return result
+
+
+def assert_equal(one, other):
+    assert one.keys() == other.keys()
+    for key in one:
+        np.testing.assert_array_equal(one[key], other[key], err_msg=key)
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory, clips, images):
+    """An uninterrupted run with two workers: (folder, what it printed)."""
+    folder = tmp_path_factory.mktemp('run') / 'out'
+    code, output, errors = finish(start(write_yaml(folder.parent / 'a.yaml', images, clips['vit'], folder,
+                                                   num_workers=2)))
+    assert code == 0, errors
+    return folder, output
+
+
+# ---------------------------------------------------------------------------------------------------
+# Maths
+
+@pytest.mark.parametrize('tokens', [16, 25, 49, 64, 100, 256])
+def test_noise_level_is_equation_8(tokens):
+    counts = np.arange(tokens + 1)
+    expected = [min(400, 100 * (Fraction(int(c), tokens) // Fraction(1, 5))) for c in counts]
+    for dtype in (np.float32, np.float64):
+        assert fg_proportion.noise_level((counts / tokens).astype(dtype)).tolist() == expected
+    assert fg_proportion.noise_level(np.array([np.nan, 0.5])).tolist() == [-1, 200]
+    if tokens == 256:  # as the docstring says: here the official bins agree
+        official = np.clip(100 * (np.digitize(counts / tokens, [0, .2, .4, .6, .8, 1], right=True) - 1), 0, None)
+        np.testing.assert_array_equal(official, expected)
+
+
+def test_first_component_equals_numpy_on_all_tokens():
+    random = np.random.default_rng(0)
+    tokens = random.normal(size=(500, 7)) @ random.normal(size=(7, 7)) + 30 * random.normal(size=7)
+    halves = tokens[:200], tokens[200:]
+    pc, mean, covariance = fg_proportion.first_component(
+        500, sum(h.sum(0) for h in halves), sum(h.T @ h for h in halves))
+    values, vectors = np.linalg.eigh(np.cov(tokens.T, bias=True))
+    np.testing.assert_allclose(covariance, np.cov(tokens.T, bias=True), rtol=1e-8, atol=1e-8)
+    np.testing.assert_allclose(mean, tokens.mean(0))
+    assert abs(pc @ vectors[:, -1]) == pytest.approx(1) and pc[np.abs(pc).argmax()] > 0
+    assert pc @ covariance @ pc == pytest.approx(values[-1])
+
+
+def test_sign_puts_the_foreground_in_the_middle():
+    projection = np.random.default_rng(0).normal(size=(30, 8, 8))
+    projection[:, 2:6, 2:6] -= 3
+    sign, line = fg_proportion.choose_sign(projection, 0.4)
+    assert sign == -1 and 'sign -1' in line and 'not sure' not in line
+    assert fg_proportion.choose_sign(-projection, 0.4)[0] == 1
+    assert fg_proportion.choose_sign(projection, 0.4, forced=1)[0] == 1
+    noise = np.random.default_rng(1).normal(size=(300, 8, 8))
+    assert 'not sure' in fg_proportion.choose_sign(noise, 0.4)[1]
+    with pytest.raises(Fail, match='2 x 2 tokens'):
+        fg_proportion.choose_sign(projection[:, :2, :2], 0.4)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The frozen encoder
+
+def test_vit_tokens_and_embedding_by_hand(clips):
+    clip = FrozenClip({'model': str(clips['vit'])})
+    assert (clip.image_size, clip.token_dim, clip.embedding_dim) == (32, 24, 20)
+    assert clip.mean == (0.5, 0.4, 0.3) and clip.std == (0.2, 0.3, 0.4)
+    pixels = torch.randn(3, 3, 32, 32)
+    tokens, embedding = clip.forward(pixels)
+    v = clip.visual
+    with torch.no_grad():  # written out: no method of the tower but its layers
+        x = v.conv1(pixels).flatten(2).transpose(1, 2)
+        x = torch.cat([v.class_embedding.expand(3, 1, -1), x], 1) + v.positional_embedding
+        x = v.ln_pre(x)
+        for block in v.transformer.resblocks:
+            x = block(x)
+        x = v.ln_post(x)
+    expected = x[:, 1:].transpose(1, 2).reshape(3, 24, 8, 8)
+    torch.testing.assert_close(tokens, expected)
+    torch.testing.assert_close(embedding, x[:, 0] @ v.proj)
+    torch.testing.assert_close(clip.tokens(pixels), tokens)
+
+
+def test_convnext_tokens_and_embedding(clips):
+    clip = FrozenClip({'model': f"local-dir:{clips['convnext']}"})
+    pixels = torch.randn(2, 3, 96, 96)
+    tokens, embedding = clip.forward(pixels)
+    model = open_clip.create_model(f"local-dir:{clips['convnext']}").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(tokens, model.visual.trunk.forward_features(pixels))
+        torch.testing.assert_close(embedding, model.encode_image(pixels))
+    torch.testing.assert_close(clip.tokens(pixels), tokens)
+    assert tokens.shape == (2, 320, 3, 3)
+    smaller = FrozenClip({'model': str(clips['convnext']), 'image_size': 64})
+    assert smaller.image_size == 64 and smaller.preprocess(Image.new('RGB', (80, 90))).shape == (3, 64, 64)
+    assert smaller.fingerprint() == clip.fingerprint() != FrozenClip({'model': str(clips['vit'])}).fingerprint()
+
+
+def test_encoder_stays_out_of_checkpoints_and_graphs(clips):
+    class Method(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.clip = FrozenClip({'model': str(clips['vit'])})
+
+    method = Method()
+    assert not method.state_dict() and not list(method.parameters())
+    pixels = torch.randn(1, 3, 32, 32, requires_grad=True)
+    assert not any(t.requires_grad for t in (*method.clip.forward(pixels), method.clip.tokens(pixels)))
+
+
+@pytest.mark.parametrize('spec, words', [
+    ({'model': 'ViT-B-23', 'pretrained': 'openai'}, "clip.model: 'ViT-B-23' .* did you mean 'ViT-B-"),
+    ({'model': 'ViT-H-14', 'pretrained': 'laion2b_s32b_b79'}, "did you mean 'laion2b_s32b_b79k'"),
+    ({'model': 'ViT-H-14'}, 'clip.pretrained: ViT-H-14 needs a hub tag'),
+    ({'model': 'no/such/folder'}, "'no/such/folder' is no folder"),
+    ({'model': 'empty'}, 'open_clip_model.safetensors: no such file'),
+    ({'model': 'damaged'}, 'cannot be loaded: SafetensorError')])
+def test_encoder_errors_are_one_line(spec, words, clips, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ('empty', 'damaged'):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'open_clip_config.json').write_text((clips['vit'] / 'open_clip_config.json').read_text())
+    (tmp_path / 'damaged/open_clip_model.safetensors').write_bytes(b'no weights')
+    with pytest.raises(Fail, match=words) as error:
+        FrozenClip(spec)
+    assert '\n' not in str(error.value)
+
+
+def test_unreachable_hub_is_one_line(monkeypatch):
+    def create_model(*args, **kwargs):
+        raise RuntimeError('Failed to download weights:\n (MaxRetryError: Failed to resolve huggingface.co)')
+    monkeypatch.setattr(open_clip, 'create_model', create_model)
+    with pytest.raises(Fail, match='ViT-H-14 / laion2b_s32b_b79k: the hub cannot be reached') as error:
+        FrozenClip({'model': 'ViT-H-14', 'pretrained': 'laion2b_s32b_b79k'})
+    assert '\n' not in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The stage as users run it
+
+def test_stage_equals_plain_numpy(run, clips, images):
+    folder, output = run
+    result = load(folder)
+    clip = FrozenClip({'model': str(clips['vit'])})
+    readable = np.array([i for i in range(N) if i != UNREADABLE])
+    tokens, embeddings = clip.forward(torch.stack([
+        clip.preprocess(Image.open(images / f'{i:03d}.png')) for i in readable]))
+    tokens = tokens.double().numpy()
+
+    picked = np.random.default_rng(0).choice(N, 20, replace=False)
+    chosen = np.isin(readable, picked)
+    rows = tokens[chosen].transpose(0, 2, 3, 1).reshape(-1, 24)
+    values, vectors = np.linalg.eigh(np.cov(rows.T, bias=True))
+    assert abs(vectors[:, -1] @ result['pc']) == pytest.approx(1, abs=1e-5)
+    assert result['explained'] == pytest.approx(values[-1] / values.sum(), abs=1e-5)
+    np.testing.assert_allclose(result['mean'], rows.mean(0), atol=1e-4)
+    pc = vectors[:, -1] * np.sign(vectors[:, -1] @ result['pc'])
+    projection = np.einsum('bkhw,k->bhw', tokens, pc)
+    assert result['threshold'] == pytest.approx(np.quantile(projection[chosen], 0.6), abs=1e-4)
+    foreground = projection > result['threshold']
+    middle = np.zeros((8, 8), bool)
+    middle[2:6, 2:6] = True
+    border = np.ones((8, 8), bool)
+    border[1:-1, 1:-1] = False
+    assert foreground[chosen][:, middle].mean() > foreground[chosen][:, border].mean()
+
+    proportion = result['proportion']
+    assert proportion.dtype == np.float32 and result['noise_level'].dtype == np.int16
+    assert proportion.shape == result['noise_level'].shape == (N,)
+    np.testing.assert_allclose(proportion[readable], foreground.mean((1, 2)), atol=1 / 64)
+    assert (np.abs(proportion[readable] - foreground.mean((1, 2))) < 1e-6).mean() > 0.9  # a token may sit on the edge
+    np.testing.assert_array_equal(result['noise_level'][readable],
+                                  np.minimum(400, 100 * np.floor(proportion[readable] * 64 * 5 / 64)))
+    assert len(set(result['noise_level'].tolist())) > 2
+    assert result['embeddings'].shape == (N, 20) and result['embeddings'].dtype == np.float16
+    np.testing.assert_allclose(result['embeddings'][readable], embeddings, rtol=2e-3, atol=1e-3)
+    assert f"sign {result['sign']:+d}: foreground are" in output
+
+
+def test_unreadable_image_is_recorded_and_reported(run):
+    folder, output = run
+    result = load(folder)
+    assert np.flatnonzero(np.isnan(result['proportion'])).tolist() == [UNREADABLE]
+    assert np.flatnonzero(result['noise_level'] < 0).tolist() == [UNREADABLE]
+    assert not result['embeddings'][UNREADABLE].any() and result['embeddings'][UNREADABLE + 1].any()
+    assert f'1 unreadable images have noise level -1 and get no view: {UNREADABLE} ' in output
+    lines = [json.loads(line) for line in (folder / 'log.jsonl').read_text().splitlines()]
+    assert [line['unreadable'][0]['index'] for line in lines if 'unreadable' in line] == [UNREADABLE]
+    assert {'stage', 'step', 'images_per_second', 'data_wait'} <= set(lines[1])
+
+
+def test_run_folder(run):
+    folder, _ = run
+    assert {p.name for p in folder.iterdir()} == {
+        'fg_proportion.npz', 'embeddings.npy', 'histogram.png', 'foreground.png', 'config.yaml', 'versions.json',
+        'log.jsonl'}
+    for name in ('histogram.png', 'foreground.png'):
+        picture = np.asarray(Image.open(folder / name).convert('RGB'))
+        assert picture.std() > 10 and len(np.unique(picture.reshape(-1, 3), axis=0)) > 50
+
+
+def test_finished_run_stops_and_changed_settings_are_refused(run, clips, images, capsys):
+    folder, _ = run
+    before = (folder / 'fg_proportion.npz').stat().st_mtime_ns
+    config = yaml.safe_load((folder / 'config.yaml').read_text())
+    fg_proportion.main({**config, 'batch_size': 7})
+    assert 'finished' in capsys.readouterr().out and (folder / 'fg_proportion.npz').stat().st_mtime_ns == before
+    with pytest.raises(Fail, match=r'clip\.image_size \(was None, now 64\)'):
+        fg_proportion.main({**config, 'clip': {**config['clip'], 'image_size': 64}})
+
+
+def wait_for(path, job):
+    while not path.exists():
+        assert job.poll() is None, job.communicate()
+        time.sleep(0.005)
+
+
+def test_resumed_run_equals_uninterrupted(run, clips, images, tmp_path):
+    path = write_yaml(tmp_path / 'a.yaml', images, clips['vit'], tmp_path / 'out')
+    for number, part in ((signal.SIGKILL, 'covariance-000001'), (signal.SIGKILL, 'proportion-000000'),
+                         (signal.SIGTERM, 'proportion-000002')):
+        job = start(path)
+        wait_for(tmp_path / f'out/parts/{part}.npz', job)
+        job.send_signal(number)
+        code, output, errors = finish(job)
+        assert code == (128 + number if number == signal.SIGTERM else -number), errors
+        assert not (tmp_path / 'out/fg_proportion.npz').exists() and (tmp_path / f'out/parts/{part}.npz').exists()
+    assert 'SIGTERM: finished chunks are saved; the same command resumes' in output
+    code, output, errors = finish(start(path, 'num_workers=1'))
+    assert code == 0 and 'covariance' not in output, errors
+    if 'proportion: ' in output:  # SIGTERM may have come after the last batch
+        assert re.search(r'proportion: \d+ of 44 images were done before', output)
+    assert_equal(load(tmp_path / 'out'), load(run[0]))
+    assert not (tmp_path / 'out/parts').exists()
+
+
+def test_two_processes_equal_one(run, clips, images, tmp_path):
+    path = write_yaml(tmp_path / 'a.yaml', images, clips['vit'], tmp_path / 'out')
+    code, output, errors = finish(start(path, processes=2))
+    assert code == 0, errors
+    assert_equal(load(tmp_path / 'out'), load(run[0]))
+    assert output.count('wrote ') == 1
+
+
+@pytest.fixture
+def stage():
+    """The stage inside this process; the signal handlers it sets are taken back."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    yield lambda *arguments: fg_proportion.main(load_config(fg_proportion.DEFAULTS, [str(a) for a in arguments]))
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def test_quality_encoder_writes_the_component_only(stage, clips, images, tmp_path, capsys):
+    path = write_yaml(tmp_path / 'a.yaml', images, clips['convnext'], tmp_path / 'out', pca_images=1000)
+    stage(path, 'proportions=false')
+    result = load(tmp_path / 'out')
+    assert result.keys() == {'pc', 'mean', 'threshold', 'sign', 'explained', 'encoder'}
+    assert result['pc'].shape == (320,) and np.linalg.norm(result['pc']) == pytest.approx(1, abs=1e-6)
+    assert f'1,000 asked for, the dataset has {N}: all are used' in capsys.readouterr().out
+
+
+def test_published_component_and_sign_by_hand(stage, run, clips, images, tmp_path, capsys):
+    vector = -3 * load(run[0])['pc'][:, None]  # shape (K, 1), another length, turned round
+    np.save(tmp_path / 'pc.npy', vector)
+    path = write_yaml(tmp_path / 'a.yaml', images, clips['vit'], tmp_path / 'out', pca=str(tmp_path / 'pc.npy'))
+    stage(path, 'sign=-1')
+    got, expected = load(tmp_path / 'out'), load(run[0])
+    assert got['sign'] == -1 and 'sign -1 (set by hand)' in capsys.readouterr().out
+    np.testing.assert_allclose(got['pc'], expected['pc'], atol=1e-6)
+    assert got['explained'] == pytest.approx(float(expected['explained']), abs=1e-5)
+    assert np.nanmax(np.abs(got['proportion'] - expected['proportion'])) <= 1 / 64
+
+
+def test_bfloat16_changes_little(stage, run, clips, images, tmp_path):
+    stage(write_yaml(tmp_path / 'a.yaml', images, clips['vit'], tmp_path / 'out'), 'precision=bf16')
+    got, expected = load(tmp_path / 'out'), load(run[0])
+    assert abs(got['pc'] @ expected['pc']) > 0.99
+    assert not np.array_equal(got['embeddings'], expected['embeddings'])  # it was used
+    assert np.nanmean(np.abs(got['proportion'] - expected['proportion'])) < 0.05
+
+
+# ---------------------------------------------------------------------------------------------------
+# Mistakes
+
+@pytest.mark.parametrize('change, words', [
+    ('pca_image=5', "command line: unknown key 'pca_image'; did you mean 'pca_images'?"),
+    ('foreground_share=much', "command line: 'foreground_share' must be float"),
+    ('pca=nowhere.npy', 'pca: nowhere.npy: no such file')])
+def test_mistakes_are_one_line_and_code_2(change, words, clips, images, tmp_path):
+    path = write_yaml(tmp_path / 'a.yaml', images, clips['vit'], tmp_path / 'out')
+    code, output, errors = finish(start(path, change))
+    assert code == 2 and errors.startswith(f'fg_proportion.py: {words}') and errors.count('\n') == 1, errors
+    assert not (tmp_path / 'out').exists() and not output
+
+
+def test_missing_yaml_is_one_line_and_code_2(tmp_path):
+    code, _, errors = finish(start(tmp_path / 'nowhere.yaml'))
+    assert code == 2 and 'nowhere.yaml: no such file' in errors and errors.count('\n') == 1
+
+
+@pytest.mark.parametrize('change, words', [
+    ({'batch_size': 0}, 'batch_size: must be at least 1'), ({'foreground_share': 1.0}, 'foreground_share: must lie'),
+    ({'sign': 2}, 'sign: must be 1, -1 or null'), ({'precision': 'fp8'}, "precision: 'fp8' is unknown"),
+    ({'pca': 'wide.npy'}, 'wide.npy: has 25 entries, but the tokens of this encoder have 24'),
+    ({'pca': 'flat.npy'}, 'flat.npy: must be one .npy array of shape'),
+    ({'pca': 'text.npy'}, 'text.npy: cannot be read as .npy'),
+    ({'pca': 'zero.npy'}, 'zero.npy: holds zeros')])
+def test_impossible_values_leave_nothing_behind(change, words, clips, images, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.save('wide.npy', np.ones(25))
+    np.save('flat.npy', np.ones((2, 12)))
+    np.save('zero.npy', np.zeros(24))
+    Path('text.npy').write_text('1 2 3')
+    path = write_yaml(tmp_path / 'a.yaml', images, clips['vit'], tmp_path / 'out', **change)
+    with pytest.raises(Fail, match=words):
+        fg_proportion.main(load_config(fg_proportion.DEFAULTS, [str(path)]))
+    assert not (tmp_path / 'out').exists()
+
+
+def test_all_images_unreadable(stage, clips, tmp_path):
+    (tmp_path / 'images').mkdir()
+    for i in range(3):
+        (tmp_path / f'images/{i}.png').write_bytes(b'not an image')
+    with pytest.raises(Fail, match='unreadable, and so are all of the pca images'):
+        stage(write_yaml(tmp_path / 'a.yaml', tmp_path / 'images', clips['vit'], tmp_path / 'out'))
+
+
+@pytest.mark.parametrize('path', sorted((ROOT / 'yamls/fg_proportion').glob('*.yaml')), ids=lambda p: p.stem)
+def test_experiments_have_known_keys_and_a_heading(path):
+    fg_proportion.check(load_config(fg_proportion.DEFAULTS, [str(path)]))
+    first, second = path.read_text().splitlines()[:2]
+    assert first.startswith('# ') and second.startswith('# Cost: ')
