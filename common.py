@@ -64,19 +64,19 @@ def _fits(default, value):
     return isinstance(value, type(default))
 
 
-def _merge(config, changes, where, prefix='', nullable=()):
-    """Write `changes` over `config`, in which every allowed key stands with a value of its type (null: any)."""
+def _merge(config, defaults, changes, where, prefix='', nullable=()):
+    """Write `changes` over `config`. In `defaults` every allowed key stands with a value of its type (null: any)."""
     for key, value in changes.items():
         name = f'{prefix}{key}'
-        if key not in config:
-            near = difflib.get_close_matches(str(key), [str(k) for k in config], 1, 0.5)
-            hint = f"did you mean '{prefix}{near[0]}'?" if near else f"known: {', '.join(map(str, config))}"
+        if key not in defaults:
+            near = difflib.get_close_matches(str(key), [str(k) for k in defaults], 1, 0.5)
+            hint = f"did you mean '{prefix}{near[0]}'?" if near else f"known: {', '.join(map(str, defaults))}"
             raise Fail(f"{where}: unknown key '{name}'; {hint}")
-        default = config[key]
+        default = defaults[key]
         if isinstance(default, dict) and default:
             if not isinstance(value, dict):
                 raise Fail(f"{where}: '{name}' must hold keys ({', '.join(default)}), not {value!r}")
-            _merge(default, value, where, f'{name}.', nullable)
+            _merge(config[key], default, value, where, f'{name}.', nullable)
         elif not _fits(default, value) and not (value is None and name in nullable):
             raise Fail(f"{where}: '{name}' must be {type(default).__name__} (like {default!r}), not {value!r}")
         else:
@@ -87,7 +87,7 @@ def load_config(defaults, argv, nullable=()):
     """Defaults (YAML text) <- experiment file (argv[0]) <- 'key.sub=value' (the rest).
 
     Keys of `nullable` may be set to null though their default is not. Returns a nested dict."""
-    config = _read_yaml(defaults, 'defaults')
+    defaults, config = (_read_yaml(defaults, 'defaults') for _ in range(2))
     files = [a for a in argv if '=' not in a]
     if len(files) != 1:
         raise Fail(f"usage: python {Path(sys.argv[0]).name} EXPERIMENT.yaml [key.sub=value ...]")
@@ -99,14 +99,14 @@ def load_config(defaults, argv, nullable=()):
     changes = {} if changes is None else changes
     if not isinstance(changes, dict):
         raise Fail(f'{path}: must hold keys and values, not {type(changes).__name__}')
-    _merge(config, changes, path, nullable=nullable)
+    _merge(config, defaults, changes, path, nullable=nullable)
     for argument in argv:
         if '=' in argument:
             name, text = argument.split('=', 1)
             change = _read_yaml(text, argument)  # nothing after = is null
             for key in reversed(name.split('.')):
                 change = {key: change}
-            _merge(config, change, 'command line', nullable=nullable)
+            _merge(config, defaults, change, 'command line', nullable=nullable)
     return config
 
 
@@ -143,7 +143,7 @@ def run(stage, defaults, nullable=()):
 # Processes
 
 class Processes:
-    """rank, local_rank, world and device of this process; a process group exists only under torchrun (and with group)."""
+    """rank, local_rank, world and device of this process; a process group exists under torchrun (and with group)."""
 
     def __init__(self, device='auto', group=True):
         self.rank, self.world, self.local_rank = (int(os.environ.get(k, d)) for k, d in
@@ -183,12 +183,14 @@ def precision_dtype(precision, device):
         raise Fail('precision: fp16 needs a GPU; set precision=bf16 or fp32')
     if precision == 'auto':
         amx = getattr(torch.cpu, '_is_amx_tile_supported', lambda: False)
-        precision = 'bf16' if (torch.cuda.is_bf16_supported() if device.type == 'cuda' else amx()) else 'fp32'
+        fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == 'cuda' else amx()
+        precision = 'bf16' if fast else 'fp32'
     return {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}[precision]
 
 
 class StopSignal:
     """SIGTERM and SIGUSR1 (what Slurm sends before it preempts) set a flag; the stage saves and leaves."""
+    exit_code = 128 + signal.SIGTERM  # not 0: a chain of stages must not go on with half a result
 
     def __init__(self):
         self.name = None

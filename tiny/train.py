@@ -5,6 +5,7 @@
     python tiny/train.py encoder
     python tiny/train.py unet
     python tiny/train.py export
+    python tiny/train.py report
 
 Stages hand over through --work (default runs/tiny). The same command again goes on where a killed one stopped;
 --steps sets how long a stage trains. tiny/README.md says what each cost and gave. Data: 61 classes of Tiny-ImageNet-200
@@ -353,8 +354,88 @@ def export(args, device):
     print(f'{HERE}: {size / 1e6:.1f} MB of weights')
 
 
+# ---------------------------------------------------------------------------------------------------
+# report: what the exported models make of CIFAR-10, which none of them has seen
+
+@torch.no_grad()
+def report(args, device):
+    """Prints the tables of tiny/README.md and draws tiny/views.png. The class of a view is judged by a linear classifier
+    on the teacher's features, fitted on other CIFAR-10 images."""
+    import sys
+    sys.path.insert(0, str(HERE.parent))
+    import timm
+    from PIL import Image
+    from data import source_dataset
+    from generators import UnCLIP
+    from models import FrozenClip
+
+    def cifar(subset):
+        source = source_dataset(dict(name='CIFAR10', root='data/cifar10', split='train', download=True, subset=subset))
+        pixels = np.stack([np.asarray(source[i][0]) for i in range(subset)])
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255, torch.from_numpy(source.labels)
+
+    teacher = timm.create_model('efficientnet_lite0', num_classes=1000)
+    teacher.load_state_dict(dict(zip(teacher.state_dict(), load(args.teacher).values(), strict=True)))
+    teacher.eval().to(device, memory_format=torch.channels_last)
+
+    def features(x):
+        parts = []
+        for part in x.split(250):
+            part = F.interpolate((part.to(device) * 255 - 127) / 128, size=(128, 128), mode='bicubic')
+            with autocast(device):
+                parts.append(teacher.forward_features(part.to(memory_format=torch.channels_last)).mean((2, 3)))
+        return F.pad(torch.cat(parts).float().cpu(), (0, 1), value=1.)
+
+    x, labels = cifar(args.count + 5000)
+    judged = torch.zeros(len(x), dtype=torch.bool)
+    for label in range(10):  # the first of each class are judged, the others teach the judge
+        judged[torch.nonzero(labels == label)[:args.count // 10, 0]] = True
+    known, truth = features(x[~judged]), F.one_hot(labels[~judged]).float()
+    judge = torch.linalg.solve(known.T @ known + 30 * torch.eye(known.shape[1]), known.T @ truth)
+    x, labels = x[judged], labels[judged]
+
+    def kept(images):
+        return ((features(images) @ judge).argmax(1) == labels).float().mean().item()
+
+    generator = UnCLIP(dict(model=str(HERE / 'unclip'), fallbacks=[], steps=20, guidance_scale=1.0,
+                            precision='bf16' if device.type == 'cpu' else 'fp16'), device)
+    vae = generator.pipeline.vae
+    decoded = torch.cat([vae.decode(vae.encode(part.to(device, vae.dtype) * 2 - 1).latents).sample.float().cpu()
+                         for part in x.split(250)]).clamp(-1, 1) / 2 + 0.5
+    psnr = -10 * torch.log10((decoded - x).square().mean((1, 2, 3))).mean()
+    print(f'autoencoder: {psnr:.1f} dB; class found on originals {kept(x):.3f}, on reconstructions {kept(decoded):.3f}')
+
+    clip = FrozenClip({'model': str(HERE / 'clip')}, device)
+    mean, std = MEAN.to(device), STD.to(device)
+
+    def embed(images):
+        return torch.cat([clip.forward((part.to(device) - mean) / std)[1] for part in images.split(250)]).cpu()
+
+    embeddings, columns = embed(x), {}
+    for scale in args.guidance:
+        generator.guidance_scale = scale
+        for level in (0, 100, 200, 300, 400):
+            start, views = time.time(), []
+            for at in range(0, len(x), 100):
+                part = slice(at, at + 100)
+                views.append(generator.views(embeddings[part], [level] * len(x[part]), list(range(at, at + len(x[part])))))
+            rate = len(x) / (time.time() - start)
+            views = torch.from_numpy(np.concatenate(views)).permute(0, 3, 1, 2).float() / 255
+            cosine = F.cosine_similarity(embed(views), embeddings).mean()
+            distance = (views - x).square().mean((1, 2, 3)).sqrt().mean() * 255
+            columns[scale, level] = views
+            print(f'guidance {scale}  level {level}: class kept {kept(views):.3f}  CLIP cosine {cosine:.3f}  '
+                  f'pixel distance {distance:.1f}  {rate:.1f} views/s', flush=True)
+
+    rows = torch.nonzero(torch.arange(len(x)) % (len(x) // 20) == 0)[:20, 0]
+    grid = torch.cat([torch.cat([part[i] for i in rows], 2) for part in (x, decoded, *(
+        columns[args.guidance[-1], level] for level in (0, 100, 200, 300, 400)))], 1)
+    picture = Image.fromarray((grid * 255).round().byte().permute(1, 2, 0).numpy())
+    picture.resize((picture.width * 2, picture.height * 2), Image.Resampling.NEAREST).save(HERE / 'views.png')
+
+
 if __name__ == '__main__':
-    stages = dict(prepare=prepare, autoencoder=autoencoder, encoder=encoder, unet=unet, export=export)
+    stages = dict(prepare=prepare, autoencoder=autoencoder, encoder=encoder, unet=unet, export=export, report=report)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('stage', choices=stages)
     parser.add_argument('--data', default='tiny-imagenet-200', help='folder with train/')
@@ -362,6 +443,8 @@ if __name__ == '__main__':
     parser.add_argument('--work', type=Path, default=Path('runs/tiny'))
     parser.add_argument('--steps', type=int, default=None)
     parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--count', type=int, default=500, help='report: how many images are judged')
+    parser.add_argument('--guidance', type=float, nargs='+', default=[3.0], help='report: guidance scales')
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     stages[args.stage](args, torch.device('cuda' if torch.cuda.is_available() else 'cpu'))

@@ -1,0 +1,73 @@
+"""The embedded models as they are shipped: their formats, and that the generator follows its condition."""
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / 'tiny')]
+import train  # noqa: E402
+from generators import UnCLIP  # noqa: E402
+from models import FrozenClip  # noqa: E402
+
+SPEC = {'model': str(ROOT / 'tiny/unclip'), 'fallbacks': [], 'steps': 20, 'guidance_scale': 3.0, 'precision': 'fp32'}
+
+
+def test_size_and_formats():
+    weights = [p for p in (ROOT / 'tiny').rglob('*') if p.suffix in ('.safetensors', '.bin', '.pt', '.pth', '.npy')]
+    assert sum(p.stat().st_size for p in weights) <= 25e6
+    assert {p.suffix for p in weights} == {'.safetensors'}
+    clip = FrozenClip({'model': str(ROOT / 'tiny/clip')})
+    assert (clip.image_size, clip.token_dim, clip.embedding_dim) == (32, 192, train.SEMANTIC + train.APPEARANCE)
+    generator = UnCLIP(SPEC, torch.device('cpu'))
+    assert generator.embedding_dim == clip.embedding_dim and generator.latent_shape == (16, 8, 8)
+
+
+def test_views_follow_their_condition_and_wander_with_the_noise_level():
+    """Embeddings drawn as the generator knows them; each view, encoded again, is nearest to its own condition, and less
+    so at higher levels."""
+    clip, generator = FrozenClip({'model': str(ROOT / 'tiny/clip')}), UnCLIP(SPEC, torch.device('cpu'))
+    normalizer = generator.pipeline.image_normalizer
+    conditions = normalizer.unscale(torch.randn(24, generator.embedding_dim, generator=torch.Generator().manual_seed(0)))
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (clip.mean, clip.std))
+    similarity = []
+    for level in (0, 400, 900):
+        views = generator.views(conditions.numpy(), np.full(24, level), list(range(24)))
+        assert views.shape == (24, 32, 32, 3) and views.std((1, 2, 3)).min() > 5
+        pixels = torch.from_numpy(views).permute(0, 3, 1, 2) / 255
+        found = normalizer.scale(clip.forward((pixels - mean) / std)[1])
+        cosine = torch.nn.functional.cosine_similarity(found[:, None], normalizer.scale(conditions)[None], dim=2)
+        own, others = cosine.diagonal().mean().item(), (cosine.sum() - cosine.trace()).item() / (24 * 23)
+        similarity.append(own - others)
+        if level == 0:
+            assert (cosine.argmax(1) == torch.arange(24)).float().mean() > 0.6
+    assert similarity[0] > similarity[1] > similarity[2]
+
+
+def test_training_resumes_where_it_was_killed(tmp_path):
+    """tiny/train.py: the loop's result does not depend on where it was stopped."""
+    from argparse import Namespace
+
+    def final(folder, *stops):
+        folder.mkdir()
+        for steps in (*stops, 400):
+            torch.manual_seed(0)
+            model = torch.nn.Linear(4, 1)
+
+            def loss_of(indices, generator):
+                x = torch.randn(len(indices), 4, generator=generator)
+                if steps != 400 and torch.load(folder / 'toy.ckpt', weights_only=True)['step'] >= steps \
+                        if (folder / 'toy.ckpt').exists() else False:
+                    raise KeyboardInterrupt
+                return (model(x) - x.sum(1, keepdim=True)).square().mean()
+
+            try:
+                train.train('toy', Namespace(work=folder, seed=0), model, loss_of, 1e-2, 400, 8, 100,
+                            torch.device('cpu'), ema_decay=0.9)
+            except KeyboardInterrupt:
+                continue
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    whole, killed = final(tmp_path / 'a'), final(tmp_path / 'b', 200)
+    assert torch.equal(whole, killed) and (whole[:4] - 1).abs().max() < 0.2
