@@ -12,10 +12,13 @@ import torch
 from diffusers import StableUnCLIPImg2ImgPipeline
 from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
 
-from common import Fail
+from common import Fail, precision_dtype
 
 diffusers_logging.disable_progress_bar()
+diffusers_logging.set_verbosity_error()  # it remarks on every autoencoder but AutoencoderKL
+transformers_logging.disable_progress_bar()
 
 
 class _Pipeline(StableUnCLIPImg2ImgPipeline):
@@ -36,13 +39,8 @@ class UnCLIP:
 
     def __init__(self, spec, device):
         self.device, self.steps, self.guidance_scale = device, spec['steps'], float(spec['guidance_scale'])
-        precision = spec['precision']
-        if precision == 'auto':
-            precision = 'fp16' if device.type == 'cuda' else 'fp32'
-        types = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
-        if precision not in types:
-            raise Fail(f"generator.precision: '{precision}' is none of auto, {', '.join(types)}")
-        self.dtype = types[precision]
+        automatic = spec['precision'] == 'auto' and device.type == 'cuda'  # the published weights are fp16
+        self.dtype = precision_dtype('fp16' if automatic else spec['precision'], device)
         self.pipeline, self.name = self._load([spec['model'], *spec['fallbacks']])
         self.pipeline.set_progress_bar_config(disable=True)
         for part in (self.pipeline.unet, self.pipeline.vae):

@@ -10,6 +10,7 @@ probe is that after its last epoch. The same command again resumes at the last e
 """
 import json
 import math
+import sys
 import time
 from contextlib import closing
 from hashlib import sha256
@@ -296,7 +297,8 @@ def main(config):
     if leave:
         log.write(f'{stop.name or "stop signal"}: left in epoch {epoch + 1} of {linear["epochs"]}; the same command '
                   'resumes at its beginning')
-        return log.close()
+        log.close()
+        sys.exit(stop.exit_code)
     counts = torch.zeros(2, dtype=torch.double, device=device)
     with torch.no_grad():
         for chunk in torch.arange(processes.rank, n_test, processes.world).split(config['batch']):

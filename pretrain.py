@@ -13,6 +13,7 @@ batch size, batch norm groups, queue and quality weights are those of the global
 """
 import json
 import math
+import sys
 import time
 import warnings
 from contextlib import closing
@@ -409,6 +410,8 @@ def main(config):
         plot(folder)
         log.write(f"done: {folder / 'backbone.pt'}, {folder / 'loss.png'}")
     log.close()
+    if leave:
+        sys.exit(stop.exit_code)
 
 
 if __name__ == '__main__':

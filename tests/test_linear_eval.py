@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import linear_eval  # noqa: E402
-from common import Fail, Processes, load_config  # noqa: E402
+from common import Fail, Processes, StopSignal, load_config  # noqa: E402
 from data import write_beton  # noqa: E402
 from models import build_backbone, load_backbone  # noqa: E402
 
@@ -27,13 +27,20 @@ MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
 
 
 @pytest.fixture(scope='module', autouse=True)
-def as_in_a_subprocess():
-    """Stages that run in this process: one thread, so that sums are made in the same order; handlers back."""
-    threads, handlers = torch.get_num_threads(), {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)}
+def one_thread():
+    """For stages that run in this process: sums are made in the same order as in a sub-process."""
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
-    torch.set_num_threads(threads)
-    for number, handler in handlers.items():
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """A stage that ran in this process leaves its own behind: pytest would not end on SIGTERM."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    for number, handler in before.items():
         signal.signal(number, handler)
 
 
@@ -181,7 +188,7 @@ def test_two_processes_find_the_same(workplace, tmp_path):
     linear_eval.main(config_of(workplace, f'output={tmp_path}/one', 'linear.augment=true'))
     launcher = (sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2')
     run = subprocess.run(command(workplace, f'output={tmp_path}/two', 'linear.augment=true', launcher=launcher),
-                         env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+                         env=ENVIRONMENT, capture_output=True, text=True, timeout=900)
     assert run.returncode == 0, run.stderr
     one, two = results(tmp_path / 'one'), results(tmp_path / 'two')
     assert one['knn'] == two['knn'] and one['linear'] == two['linear']
@@ -198,14 +205,14 @@ def test_killed_probe_resumes_bit_exactly(workplace, tmp_path):
         call = command(workplace, *changes, f'output={folder}')
         process = subprocess.Popen(call, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         begin = time.time()
-        while not (folder / 'linear.pt').is_file() and process.poll() is None and time.time() - begin < 120:
+        while not (folder / 'linear.pt').is_file() and process.poll() is None and time.time() - begin < 900:
             time.sleep(0.002)
         process.send_signal(number)
-        output, errors = process.communicate(timeout=120)
-        assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 0), errors
+        output, errors = process.communicate(timeout=900)
+        assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else StopSignal.exit_code), errors
         assert not (folder / 'results.json').exists()
         if number == signal.SIGKILL:
-            again = subprocess.run(call, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+            again = subprocess.run(call, env=ENVIRONMENT, capture_output=True, text=True, timeout=900)
             assert again.returncode == 0 and 'resumed at epoch' in again.stdout, again.stderr
         else:
             assert 'SIGTERM: left in epoch' in output
@@ -233,7 +240,7 @@ def test_impossible_settings_leave_nothing_behind(workplace, tmp_path, change, m
 
 
 def test_yaml_errors_are_one_line_and_exit_code_2(workplace):
-    run = subprocess.run(command(workplace, 'linear.learning_rate=1'), capture_output=True, text=True, timeout=120)
+    run = subprocess.run(command(workplace, 'linear.learning_rate=1'), capture_output=True, text=True, timeout=900)
     assert run.returncode == 2 and "unknown key 'linear.learning_rate'" in run.stderr and run.stderr.count('\n') == 1
 
 
