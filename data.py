@@ -47,6 +47,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 from PIL import Image
 
+torch_threads = torch.get_num_threads()
 try:
     with mock.patch.object(numba.typed, 'Dict', dict):   # FFCV compiles one at every import, 4 s, to hold two numbers
         from ffcv.fields import IntField, RGBImageField
@@ -57,6 +58,7 @@ try:
 except ImportError as e:
     raise ImportError(f'FFCV cannot be imported ({e}). apt install build-essential pkg-config libopencv-dev '
                       'libturbojpeg0-dev && pip install ffcv setuptools') from e
+torch.set_num_threads(torch_threads)  # loading libffcv and what it links leaves torch with one thread (measured)
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
