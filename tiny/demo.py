@@ -20,7 +20,7 @@ STAGES = [
     ('synthetic views', 'gen_views.py', 'yamls/gen_views/demo.yaml'),
     ('test set', 'gen_views.py', 'yamls/gen_views/demo_test.yaml'),
     ('pretraining', 'pretrain.py', 'yamls/pretrain/demo.yaml'),
-    ('evaluation', 'linear_eval.py', 'yamls/linear_eval/demo.yaml'),
+    ('evaluation', 'linear_eval.py', 'yamls/linear_eval/demo.yaml', f'output={RUN}/linear_eval'),
     ('evaluation, untrained', 'linear_eval.py', 'yamls/linear_eval/demo.yaml',
      f'checkpoint={RUN}/pretrain/backbone_init.pt', f'output={RUN}/linear_eval_untrained'),
 ]
