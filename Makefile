@@ -17,8 +17,9 @@ $(ready): requirements.txt
 	@$(PYTHON) -c 'import sys; ok = (3, 10) <= sys.version_info < (3, 14); \
 	  ok or print("Python 3.10 to 3.13 is needed, this is", sys.version.split()[0], "- choose another: make demo PYTHON=python3.11"); \
 	  sys.exit(not ok)'
-	@if ! { pkg-config --exists opencv4 libturbojpeg && command -v c++ && $(PYTHON) -c 'import venv, ensurepip'; } >/dev/null 2>&1; then \
-	  packages="libopencv-dev libturbojpeg0-dev pkg-config build-essential python3-dev python3-venv"; \
+	@if ! { pkg-config --exists opencv4 libturbojpeg && command -v c++ && $(PYTHON) -c 'import venv, ensurepip, os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")'; } >/dev/null 2>&1; then \
+	  v=$$($(PYTHON) -c "import sys; print(\"python%d.%d\" % sys.version_info[:2])"); \
+	  packages="libopencv-dev libturbojpeg0-dev pkg-config build-essential $$v-dev $$v-venv"; \
 	  if ! command -v apt-get >/dev/null; then \
 	    echo "FFCV needs OpenCV, libjpeg-turbo, pkg-config and a C++ compiler: conda install -c conda-forge opencv libjpeg-turbo pkg-config compilers"; exit 1; fi; \
 	  sudo=""; if [ "$$(id -u)" != 0 ]; then \

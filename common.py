@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
 
@@ -156,7 +157,8 @@ class Processes:
             torch.cuda.set_device(self.device)  # before anything allocates, or every rank opens a context on GPU 0
         if group and 'RANK' in os.environ and not dist.is_initialized():
             backend = 'cpu:gloo,cuda:nccl' if cuda else 'gloo'
-            dist.init_process_group(backend, **({'device_id': self.device} if cuda else {}))
+            # rank 0 may check a beton of hundreds of GB, or fetch a dataset, before the others hear of it again
+            dist.init_process_group(backend, timeout=timedelta(hours=2), **({'device_id': self.device} if cuda else {}))
 
     @property
     def main(self):

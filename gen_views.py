@@ -26,7 +26,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from common import Fail, Log, Processes, StopSignal, atomic, run, save_json
-from data import source_dataset, write_beton
+from data import BeingWritten, open_beton, source_dataset, write_beton
 
 DEFAULTS = """
 output: ''                # run folder
@@ -64,19 +64,17 @@ LEVELS = (0, 100, 200, 300, 400)
 def main(config):
     processes = Processes(config['device'], group=False)  # nothing here waits for another process
     check(config)
-    stop = StopSignal()
-    log = Log(config['output'], config, main=processes.main)
-    output = Path(config['output'])
+    stop, output = StopSignal(), Path(config['output'])
     source = source_dataset(config['dataset'])
-    beton = output / 'pairs.beton'
     levels, embeddings, checksum = noise_levels(config, len(source))
-    settings = {'stage': 'gen_views', 'dataset': {k: config['dataset'][k] for k in ('name', 'split', 'subset')},
-                'strategy': config['strategy'], 'image_size': config['image_size']}
+    settings = {'stage': 'gen_views', 'dataset': {k: config['dataset'][k] for k in ('name', 'root', 'split', 'subset')},
+                'images': len(source), 'strategy': config['strategy']}
     if config['strategy'] != 'none':
         settings.update({k: config[k] for k in ('seed', 'view_size', 'view_format', 'chunk_size')},
                         generator=config['generator'], proportions=checksum,
                         noise_level=config['noise_level'] if config['strategy'] == 'constant' else None)
-    same_settings(output / 'settings.json', settings)
+    same_settings(output / 'settings.json', settings)  # before anything is written
+    log = Log(output, config, main=processes.main)
 
     if config['strategy'] != 'none':
         chunks = [(output / 'views' / f'{number:06d}.tar', range(start, min(start + config['chunk_size'], len(source))))
@@ -84,16 +82,26 @@ def main(config):
         todo = [c for c in chunks[processes.rank::processes.world] if not c[0].exists()]
         log.write(f'{len(source)} images, levels {histogram(levels)}; {len(chunks)} chunks, {len(todo)} to make here')
         if todo:
-            generate(config, todo, source, levels, embeddings, processes, log, stop)
+            generate(config, todo, source, levels, embeddings, settings, processes, log, stop)
         missing = sum(not path.exists() for path, _ in chunks)
         if missing or stop:
             log.write(f'{stop.name}: leaving; ' * bool(stop) + f'{missing} of {len(chunks)} chunks are still to be '
                       'made; the same command goes on')
             sys.exit(stop.exit_code if stop else 0)
+    settings.update({k: config[k] for k in ('image_size', 'beton_mode', 'beton_quality')})
+    beton = output / 'pairs.beton'
     if beton.exists():
+        packed = open_beton(beton, verify=False)['settings']
+        for key, value in settings.items():
+            if packed.get(key) != value:
+                raise Fail(f'{beton}: was packed with {key} = {packed.get(key)!r}, now it is {value!r}; delete it, and '
+                           'the same command packs it again')
         log.write(f'{beton} is complete')
         return
-    pack(config, beton, source, levels, settings, log)
+    try:
+        pack(config, beton, source, levels, settings, log, stop)
+    except BeingWritten:
+        log.write(f'{beton}: another process is packing it')
 
 
 def check(config):
@@ -147,7 +155,7 @@ def histogram(levels):
 
 
 def same_settings(path, settings):
-    """Views made with other settings must not mix with these."""
+    """Views made with other settings must not mix with these. (The file appears with the first chunk.)"""
     if path.exists():
         old = json.loads(path.read_text())
         flat = [{f'{k}.{j}' if isinstance(v, dict) else k: u for k, v in s.items()
@@ -156,14 +164,12 @@ def same_settings(path, settings):
             if flat[0].get(key) != flat[1].get(key):
                 raise Fail(f"{path.parent}: was made with {key} = {flat[0].get(key)!r}, now it is "
                            f'{flat[1].get(key)!r}; choose another output folder or delete this one')
-    else:
-        save_json(path, settings)
 
 
 # ---------------------------------------------------------------------------------------------------
 # Generation
 
-def generate(config, chunks, source, levels, embeddings, processes, log, stop):
+def generate(config, chunks, source, levels, embeddings, settings, processes, log, stop):
     from generators import UnCLIP
     generator = UnCLIP(config['generator'], processes.device)
     if embeddings.shape[1] != generator.embedding_dim:
@@ -192,6 +198,7 @@ def generate(config, chunks, source, levels, embeddings, processes, log, stop):
         for i in indices:
             members.setdefault(i, (None, dict(index=i, path=source.path(i), noise_level=-1,
                                               error='stage 1 could not read the source image')))
+        save_json(Path(config['output']) / 'settings.json', settings)
         atomic(path, lambda temporary: write_chunk(temporary, members, config['view_format']))
         seconds = time.time() - start
         log.write(None if bar.disable is False else f'{path.name}: {len(wanted)} views, {len(wanted) / seconds:.1f} a second',
@@ -243,7 +250,7 @@ class Views:
         return None if content is None else np.asarray(Image.open(io.BytesIO(content)).convert('RGB'))
 
 
-def pack(config, beton, source, levels, settings, log):
+def pack(config, beton, source, levels, settings, log, stop):
     views = Views(beton.parent / 'views', config['chunk_size'], config['view_format'])
     for leftover in views.folder.glob('.*.tmp.tar'):  # of killed processes: every chunk is complete now
         leftover.unlink(missing_ok=True)
@@ -261,6 +268,9 @@ def pack(config, beton, source, levels, settings, log):
     lost = len(source) - len(readable)
 
     def sample(k):
+        if stop:  # write_beton removes what it has begun
+            log.write(f'{stop.name}: leaving; the same command packs {beton} again')
+            sys.exit(stop.exit_code)
         i = readable[k]
         image, label = original(i)
         view = views[i] if levels[i] >= 0 else None

@@ -302,6 +302,9 @@ def main(config):
 
     stop = StopSignal()
     log = Log(folder, config, processes.main, config['tensorboard'])
+    if config['moco']['queue'] > loader.sidecar['samples']:
+        log.write(f"moco.queue: {config['moco']['queue']} keys of {loader.sidecar['samples']} images: many negatives are "
+                  "views of the query's own image; a quarter of the images is a usual size")
     if processes.main and not saved:
         export(folder / 'backbone_init.pt', model, config, mean, std)
     log.write(f"{config['method']} {config['backbone']['arch']} (width {config['backbone']['width']}, "
