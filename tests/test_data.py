@@ -1,4 +1,5 @@
 import inspect
+import gc
 import json
 import os
 import shutil
@@ -545,8 +546,14 @@ def test_batches_are_never_overwritten(jpg):
 
 
 def test_an_early_break_leaks_nothing(jpg):
-    def count():
-        return threading.active_count(), len(os.listdir('/proc/self/fd'))
+    def count():                                         # threads of loaders, and what holds this beton open
+        files = [os.path.realpath(f'/proc/self/fd/{fd}') for fd in os.listdir('/proc/self/fd')]
+        return sum(t.name.startswith('PairLoader') for t in threading.enumerate()), files.count(os.path.realpath(jpg))
+    gc.collect()                                         # loaders of earlier tests
+    for _ in range(100):
+        if count() == (0, 0):
+            break
+        time.sleep(0.05)
     before = count()
     loader = PairLoader(jpg, [FULL, FULL], batch_size=4, seed=0, num_workers=2)
     for batch in loader.epoch(0):
