@@ -1,5 +1,5 @@
-import inspect
 import gc
+import inspect
 import json
 import os
 import shutil
