@@ -241,7 +241,7 @@ def steps(tmp_path_factory):
 @pytest.mark.parametrize('symmetric', [False, True])
 def test_two_processes_make_the_step_of_one(steps, symmetric):
     """Batch norm groups, shuffling between them, queue, quality weights and DDP's mean: all of the global batch."""
-    one, two, other = (torch.load(steps / f'{symmetric}.{name}') for name in ('1.0', '2.0', '2.1'))
+    one, two, other = (torch.load(steps / f'{symmetric}.{name}', weights_only=True) for name in ('1.0', '2.0', '2.1'))
     assert one['loss'] == pytest.approx(two['loss'], rel=1e-5)
     assert torch.equal(two['buffers']['queue'], other['buffers']['queue'])  # queues never drift apart
     for kind in ('gradients', 'buffers'):
