@@ -27,24 +27,7 @@ from models import MoCo, SplitBatchNorm2d  # noqa: E402
 
 ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1'}
 SMALL = {'arch': 'resnet18', 'stem': 'cifar', 'width': 8}
-
-
-@pytest.fixture(scope='module', autouse=True)
-def one_thread():
-    """For stages that run in this process: sums are made in the same order as in a sub-process."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def signal_handlers():
-    """A stage that ran in this process leaves its own behind: pytest would not end on SIGTERM."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 @pytest.fixture(scope='module')
