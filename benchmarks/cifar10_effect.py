@@ -1,0 +1,166 @@
+"""Does a generated positive view improve the representation? GenView's Tables 6 and 7 in small, on real CIFAR-10.
+
+    python benchmarks/cifar10_effect.py                                  # all rows, seeds 0, 1, 2
+    python benchmarks/cifar10_effect.py rows=baseline,adaptive seeds=0   # a part of it
+    python benchmarks/cifar10_effect.py rows= judge=resnet56-4bfd9763.th # the table again, and the test of the quality
+
+Six rows, the same YAML apart from the keys under test (ROWS), one network initialisation and data order per seed. Runs
+the stage scripts one after the other as a user would; what is finished is not done again, so that a killed run goes on.
+Numbers go to results/cifar10_effect.json, one object per row and seed; the table at the end is made from that file.
+
+judge: a CIFAR-10 classifier that had no part in any of this (a ResNet-56 of github.com/akamaster/pytorch_resnet_cifar10).
+With it the last lines tell how often views keep the class of their source, and whether the quality of a pair (eq. 12)
+is higher where they do: the area under the curve, 0.5 for no relation.
+"""
+import json
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / 'tiny')]
+from common import save_json  # noqa: E402
+from data import PairLoader  # noqa: E402
+from loss import pair_quality  # noqa: E402
+from models import FrozenClip, normalize  # noqa: E402
+
+RUN, RESULTS = Path('runs/effect'), ROOT / 'results/cifar10_effect.json'
+PLAIN, WEIGHTED = ['quality.enabled=false'], ['quality.enabled=true']
+ROWS = {  # row: (views, keys of yamls/pretrain/effect.yaml)
+    'baseline': ('adaptive', ['data.alpha=0', *PLAIN]),
+    'quality': ('adaptive', ['data.alpha=0', *WEIGHTED]),
+    'constant': ('constant', PLAIN),
+    'random': ('random', PLAIN),
+    'adaptive': ('adaptive', PLAIN),
+    'adaptive_quality': ('adaptive', WEIGHTED),
+}
+TITLES = {'baseline': 'baseline (alpha 0)', 'quality': 'baseline + quality weights', 'constant': 'views, level 200',
+          'random': 'views, random level', 'adaptive': 'views, adaptive level',
+          'adaptive_quality': 'views, adaptive level + quality weights'}
+# 97.5 % points of Student's t for the degrees of freedom of two groups of 2, 3, 4, 5 seeds
+STUDENT = {2: 4.303, 4: 2.776, 6: 2.447, 8: 2.306}
+
+
+def stage(script, *arguments):
+    print(f"\n=== python {script} {' '.join(arguments)}", flush=True)
+    start = time.time()
+    if code := subprocess.run([sys.executable, script, *arguments], cwd=ROOT).returncode:
+        sys.exit(f'{script} ended with exit code {code}; its message stands above. The same command goes on from here')
+    return time.time() - start
+
+
+def device_name():
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    model = [line.split(':')[1].strip() for line in open('/proc/cpuinfo') if line.startswith('model name')] \
+        if Path('/proc/cpuinfo').exists() else [platform.processor()]
+    return f'{model[0]}, {torch.get_num_threads()} threads'
+
+
+def results():
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+
+
+def table():
+    """Prints kNN and linear top-1 of every row, mean +- standard deviation over the seeds, and the difference to the
+    baseline with its 95 % interval (Student's t, pooled variance)."""
+    done = results()
+    base = [r for r in done if r['row'] == 'baseline']
+    print('\n| row | n | kNN top-1 | linear top-1 | linear - baseline (95 % interval) | minutes a run |\n'
+          '|---|---|---|---|---|---|')
+    for row, title in TITLES.items():
+        runs = [r for r in done if r['row'] == row]
+        if not runs:
+            continue
+        linear, reference = (np.array([r['linear'] for r in group]) for group in (runs, base))
+        cells = [title, str(len(runs))]
+        for key in ('knn', 'linear'):
+            values = np.array([r[key] for r in runs])
+            cells.append(f'{values.mean():.2f} ± {values.std(ddof=1):.2f}' if len(runs) > 1 else f'{values.mean():.2f}')
+        difference = f'{linear.mean() - reference.mean():+.2f}' if len(base) and row != 'baseline' else ''
+        if difference and len(linear) == len(reference) and 2 * len(linear) - 2 in STUDENT:
+            error = np.sqrt((linear.var(ddof=1) + reference.var(ddof=1)) / len(linear))
+            width = STUDENT[2 * len(linear) - 2] * error
+            difference += f' ({linear.mean() - reference.mean() - width:+.2f} to ' \
+                          f'{linear.mean() - reference.mean() + width:+.2f})'
+        print('| ' + ' | '.join([*cells, difference, f"{np.mean([r['seconds'] for r in runs]) / 60:.1f}"]) + ' |')
+
+
+def area_under_curve(scores, positive):
+    """Probability that a positive scores higher than a negative, ties half. scores (N,), positive (N,) bool."""
+    values, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+    n = positive.sum()
+    return (ranks[positive].sum() - n * (n + 1) / 2) / (n * (len(scores) - n))
+
+
+@torch.no_grad()
+def judged(path):
+    from train import published_judge
+    device = torch.device('cpu')
+    judge, clip = published_judge(path, device), FrozenClip({'model': str(ROOT / 'tiny/clip')})
+    pc = torch.from_numpy(np.load(ROOT / RUN / 'fg/fg_proportion.npz')['pc']).float()
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (clip.mean, clip.std))
+    plain = dict(size=32, crop_scale=None, resize=32)
+    for strategy in ('constant', 'random', 'adaptive'):
+        beton = ROOT / RUN / strategy / 'pairs.beton'
+        if not beton.exists():
+            continue
+        loader = PairLoader(beton, [plain, plain], 1.0, 'second', batch_size=250, seed=0, num_workers=2, shuffle=False,
+                            drop_last=False)
+        kept, quality, levels = [], [], []
+        for batch in loader.epoch(0):
+            image, view = batch['views']
+            tokens = clip.tokens(normalize(torch.cat([image, view]), mean, std)).chunk(2)
+            quality.append(pair_quality(*tokens, pc))
+            kept.append(judge(view / 255)[0].argmax(1) == batch['label'])
+            levels.append(batch['noise_level'])
+        kept, quality, levels = (torch.cat(parts).numpy() for parts in (kept, quality, levels))
+        print(f'{strategy}: {kept.mean():.3f} of {len(kept)} views keep the class of their source ('
+              + ', '.join(f'level {v}: {kept[levels == v].mean():.3f} of {(levels == v).sum()}'
+                          for v in np.unique(levels))
+              + f'); area under the curve of the pair quality {area_under_curve(quality, kept):.3f}')
+
+
+def main():
+    options = dict(rows=','.join(ROWS), seeds='0,1,2', judge='')
+    for argument in sys.argv[1:]:
+        key, _, value = argument.partition('=')
+        if key not in options:
+            sys.exit(f'unknown option {key!r}; known are {", ".join(options)}')
+        options[key] = value
+    rows = [row for row in options['rows'].split(',') if row]
+    if unknown := set(rows) - set(ROWS):
+        sys.exit(f'no row {", ".join(unknown)}; there are {", ".join(ROWS)}')
+    if rows:
+        stage('fg_proportion.py', 'yamls/fg_proportion/effect.yaml')
+        stage('gen_views.py', 'yamls/gen_views/cifar10_test.yaml')
+        for strategy in sorted({ROWS[row][0] for row in rows}):
+            stage('gen_views.py', 'yamls/gen_views/effect.yaml', f'strategy={strategy}', f'output={RUN}/{strategy}')
+    for seed in map(int, options['seeds'].split(',')):  # seed by seed: a part of the table is a table
+        for row in rows:
+            if any((r['row'], r['seed']) == (row, seed) for r in results()):
+                continue
+            views, keys = ROWS[row]
+            folder = RUN / f'{row}_{seed}'
+            seconds = stage('pretrain.py', 'yamls/pretrain/effect.yaml', f'data.beton={RUN}/{views}/pairs.beton', *keys,
+                            f'seed={seed}', f'output={folder}')
+            stage('linear_eval.py', 'yamls/linear_eval/effect.yaml', f'checkpoint={folder}/backbone.pt',
+                  f'output={folder}/linear_eval')
+            measured = json.loads((ROOT / folder / 'linear_eval/results.json').read_text())
+            RESULTS.parent.mkdir(exist_ok=True)
+            save_json(RESULTS, [*results(), dict(
+                row=row, seed=seed, knn=measured['knn']['top1'], linear=measured['linear']['top1'],
+                seconds=round(seconds), hardware=device_name())])
+    table()
+    if options['judge']:
+        judged(options['judge'])
+
+
+if __name__ == '__main__':
+    main()
