@@ -400,7 +400,7 @@ def test_betons_with_other_fields_are_refused(workplace, tmp_path):
 @pytest.mark.parametrize('change, message', [
     ('moco.queue=100', 'moco.queue: 100 is not a multiple of the 16 keys of a step; 96 is'),
     ('moco.bn_splits=3', 'moco.bn_splits: 3'), ('epochs=0', 'epochs: 0'),
-    ('method=mocov1', "method: 'mocov1' is unknown; did you mean 'mocov2'"),
+    ('method=mocov', "method: 'mocov' is unknown; did you mean 'mocov[23]'"),
     ('method=swav swav.queue=24', 'swav.queue: 24 is not a multiple of the 16 keys of a step; 32 is'),
     ('method=simsiam simsiam.hidden=0', 'simsiam.hidden: 0'), ('method=byol byol.momentum=2', 'byol.momentum: 2'),
     ('method=swav swav.epsilon=0', 'swav.epsilon: 0'), ('optimizer.name=adam', "optimizer.name: 'adam' .* 'adamw'"),
