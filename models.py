@@ -12,7 +12,7 @@ import logging
 import math
 import re
 import sys
-from contextlib import suppress
+from contextlib import closing, suppress
 from copy import deepcopy
 from functools import partial
 from itertools import combinations, groupby
@@ -758,16 +758,23 @@ class Encoder:
             return self.backbone(images).float()
 
 
-def all_features(loader_of, n, encoder, processes, what):
-    """Features (N, D) and labels (N,) of n images, in their order, on the CPU of every process.
+def all_features(loader_of, n, encoder, processes, what, stop=False):
+    """Features (N, D) and labels (N,) of n images, in their order, on the CPU of every process. None instead when
+    `stop` has become true on one of them.
 
     loader_of: function of positions (an array, not empty) -> PairLoader over them, in order and with the last batch.
     Each process encodes every world-th image: none is encoded twice, whatever n is. Half precision is kept as such."""
     mine = np.arange(processes.rank, n, processes.world)
     features, labels = [], []
-    if len(mine):
-        loader = loader_of(mine)
-        for batch in tqdm(loader.epoch(0), what, len(loader), disable=None if processes.main else True):
+    loader = loader_of(mine) if len(mine) else None
+    shared = torch.tensor(len(loader) if loader else 0)  # batches that every process has: there they can ask each other
+    if dist.is_initialized():
+        dist.all_reduce(shared, dist.ReduceOp.MIN)
+    with closing(loader.epoch(0) if loader else (_ for _ in ())) as batches:
+        bar = tqdm(batches, what, len(loader or ()), disable=None if processes.main else True)
+        for number, batch in enumerate(bar):
+            if number < shared and processes.any(stop):
+                return None
             features.append(encoder(batch['views'][0]).cpu())
             labels.append(batch['label'])
     width = encoder.backbone.feature_dim
@@ -789,7 +796,7 @@ def hits(scores, labels):
 
 
 def percent(counts, n, processes):
-    """Hits (2,) of this process's share of n images -> top-1 and top-5 in percent over all processes."""
+    """Hits (K,) of this process's share of n images (a number or (K,)) -> percent over all processes, a list."""
     if dist.is_initialized():
         counts = counts.to(processes.device)
         dist.all_reduce(counts)
