@@ -930,16 +930,18 @@ def _guess_resnet(state, where):
                'its architecture in backbone.arch')
 
 
-def _guess_vit(state, heads, origin, where):
-    """arch, patch_size, image_size and heads of a ViT. No shape tells the heads: they are 64 wide, but for MoCo v3's
-    ViT-S, which one knows by its fixed position embedding."""
+def _guess_vit(state, named, heads, origin, where):
+    """arch, patch_size, image_size and heads of a ViT, of which timm's name may be known. No shape tells the heads:
+    they are 64 wide, but for MoCo v3's ViT-S, which one knows by its fixed position embedding."""
     width, _, _, patch = state['patch_embed.proj.weight'].shape
     places = state['pos_embed'].shape[1] - 1 if {'pos_embed', 'cls_token'} <= state.keys() else -1
     size = patch * math.isqrt(max(places, 0))
     if width not in TIMM_VITS or places < 1 or (size // patch) ** 2 != places:
         raise Fail(f'{where}: a ViT without cls_token, square pos_embed or a width of {_names(map(str, TIMM_VITS))}; '
                    'if timm has it, name its architecture in backbone.arch')
-    if heads is None and width == VITS['vit_small']:
+    if named not in (None, TIMM_VITS[width]):
+        raise Fail(f'{where}: a ViT of width {width}, not a {named}')
+    if heads is None and named is None and width == VITS['vit_small']:
         fixed = ViT('vit_small', patch, size).pos_embed
         if origin != 'MoCo v3' and not torch.allclose(fixed, state['pos_embed'].float(), atol=0.01):
             raise Fail(f'{where}: this ViT-S has 6 heads (timm, DeiT, DINO) or 12 (MoCo v3), which the file does not '
@@ -974,18 +976,18 @@ def _build(info):
 
 def _known(content, path):
     """What our own files say of their backbone: backbone.pt, checkpoint.pt, an exported file; {} of others."""
-    beside = Path(path).with_suffix('.json')
-    if beside.is_file():
-        with suppress(ValueError, TypeError):
-            card = json.loads(beside.read_text())
-            return card if {'arch', 'feature_dim'} <= set(card) else {}
+    if 'arch' in content and ('stem' in content or 'patch_size' in content):
+        return content
     config = content.get('config')
     if isinstance(config, dict) and {'backbone', 'normalization', 'method'} <= config.keys():
         from data import NORMALIZATIONS
         name = config['normalization'] or 'clip'
         mean, std = NORMALIZATIONS[name] if isinstance(name, str) else name
         return {**describe(config['backbone'])[0], 'mean': mean, 'std': std, 'image_size': config['image_size']}
-    return content if 'arch' in content and ('stem' in content or 'patch_size' in content) else {}
+    with suppress(OSError, ValueError, TypeError):
+        card = json.loads(Path(path).with_suffix('.json').read_text())
+        return card if {'arch', 'feature_dim', 'text'} <= set(card) else {}
+    return {}
 
 
 def _mmpretrain_normalization(content):
@@ -1023,7 +1025,7 @@ def load_backbone(path, arch=None, heads=None, prefix=None):
         named = content.get('arch')  # timm's training script writes it
         named = arch or (named if isinstance(named, str) and timm.is_model(named) else None)
         info['arch'] = None if named in (*BLOCKS, *VITS) else named
-    layouts, vits = LAYOUTS, dict(zip(TIMM_VITS.values(), TIMM_VITS))
+    layouts, vits = LAYOUTS, TIMM_VITS.values()
     if info['arch'] and info['arch'] not in (*BLOCKS, *VITS, *vits):
         module, text = _build(info)
         layouts = {**LAYOUTS, **{k: () for k, v in module.state_dict().items() if v.dim() == 4 and v.shape[1] == 3}}
@@ -1036,12 +1038,12 @@ def load_backbone(path, arch=None, heads=None, prefix=None):
     for pattern, name in renames:
         state = {re.sub(pattern, name, k): v for k, v in state.items()}
     if not ours and 'patch_embed.proj.weight' in state and info['arch'] in (None, *vits):
-        info |= _guess_vit(state, heads or (min(vits[info['arch']] // 64, 16) if info['arch'] else None), origin, path)
+        info |= _guess_vit(state, info['arch'], heads, origin, path)
     elif not ours and 'conv1.weight' in state and info['arch'] is None:
         info |= _guess_resnet(state, path)
         quirk = renames is LIGHTLY or origin == 'solo-learn' and info['stem'] == 'cifar'
         info['stem'] += f' ({origin})' if quirk else ''
-    if info['arch'] is None or arch in BLOCKS and arch != info['arch']:
+    if info['arch'] is None or arch in (*BLOCKS, *VITS) and arch != info['arch']:
         raise Fail(f"{path}: {'not a ' + arch if arch else 'no network that is known'}; keys: {_names(state)}")
     if layouts is LAYOUTS:
         module, text = _build(info)
@@ -1099,6 +1101,8 @@ def export(path, folder, **hints):
         mean, std = info['mean'] or (0.485, 0.456, 0.406), info['std'] or (0.229, 0.224, 0.225)
         settings = {'MODEL.PIXEL_MEAN': [255 * v for v in mean], 'MODEL.PIXEL_STD': [255 * v for v in std],
                     'MODEL.RESNETS.DEPTH': int(info['arch'].removeprefix('resnet')),
+                    'MODEL.RESNETS.STEM_OUT_CHANNELS': info['width'], 'MODEL.RESNETS.WIDTH_PER_GROUP': info['width'],
+                    'MODEL.RESNETS.RES2_OUT_CHANNELS': info['feature_dim'] // 8,
                     'MODEL.RESNETS.STRIDE_IN_1X1': False, 'INPUT.FORMAT': 'RGB'}
         save_json(folder / 'detectron2.json', {'settings': settings, 'names': names})
     return f"{folder}: {info['text']}, {info['feature_dim']} features{'; ' * bool(note)}{note}"
