@@ -205,6 +205,19 @@ class StopSignal:
     def __bool__(self):
         return self.name is not None
 
+    @staticmethod
+    def requeue():
+        """Ask Slurm to start this job again (the same command then resumes). Returns what came of it, for the log."""
+        job = os.environ.get('SLURM_JOB_ID')
+        if job is None:
+            return 'not requeued: this is no Slurm job'
+        try:
+            result = subprocess.run(['scontrol', 'requeue', job], capture_output=True, text=True, timeout=60)
+            problem = result.stderr.strip() or f'exit code {result.returncode}' if result.returncode else ''
+        except (OSError, subprocess.TimeoutExpired) as error:
+            problem = error
+        return f'not requeued: scontrol requeue {job}: {problem}' if problem else f'job {job} is requeued'
+
 
 # ---------------------------------------------------------------------------------------------------
 # Files
@@ -318,6 +331,34 @@ class Log:
                         self.board.add_scalar(key, value, values.get('step', 0))
         if line:
             print(line, flush=True)
+
+    def plot(self, name, left, right):
+        """Picture of curves in log.jsonl over the step: keys `left` and, from 0 to 1, `right`, as far as they occur.
+
+        Of a step that was done twice (after a kill) the last line counts."""
+        if not self.main:
+            return
+        import matplotlib
+        matplotlib.use('Agg')
+        import matplotlib.pyplot as plt
+        values = {}
+        for text in (self.folder / 'log.jsonl').read_text().splitlines():
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue  # a line cut short by a kill
+            for key in {*left, *right} & set(line):
+                values.setdefault(key, {})[line['step']] = line[key]
+        figure, axes = plt.subplots(1, 2, figsize=(10, 3.5), layout='constrained')
+        for axis, keys in zip(axes, (left, right)):
+            for key in keys:
+                if key in values:
+                    axis.plot(*zip(*sorted(values[key].items())), label=key.replace('_', ' '))
+            axis.set(xlabel='step')
+            axis.legend(frameon=False)
+        axes[1].set(ylim=(0, 1.05))
+        atomic(self.folder / name, lambda p: figure.savefig(p, dpi=110))
+        plt.close(figure)
 
     def close(self):
         if self.main:

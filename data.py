@@ -84,7 +84,7 @@ SHORT_READ, BAD_JPEG = 1, 2                              # what can go wrong wit
 SIZE, RESIZE, SCALE_LO, SCALE_HI, FLIP, JITTER, B, C, S, H, GRAY, BLUR, SIGMA_LO, SIGMA_HI, SOLARIZE = range(15)
 TOP, LEFT, HEIGHT, WIDTH, FLIPPED, ORDER, FB, FC, FS, FH, GRAYED, SIGMA, SOLARIZED = range(13)
 # columns of the table of samples: for each source offset, bytes, height, width, is_jpeg; then
-INDEX, HAS_VIEW = 10, 11
+FILE, KEY, HAS_VIEW = 10, 11, 12                         # FILE: which beton; KEY: what the random numbers hang on
 ORDERS = np.array([(a, b, c, 6 - a - b - c) for a in range(4) for b in range(4) for c in range(4)
                    if len({a, b, c, 6 - a - b - c}) == 4])
 
@@ -395,27 +395,27 @@ def _augment(image, height, width, recipe, d, rows, planes, floats, out):
 @njit(**JIT)
 def _render(io, table, first, last, seed, epoch, alpha, swap, recipes, offsets, file, images, rows, planes, floats,
             out, synthetic):
-    """Fill the samples first..last of a batch: io = (file descriptor, pread, imdecode), table (B, 12). Returns -1, or
-    4 * sample + 2 * source + error - 1 of the first sample that cannot be read."""
+    """Fill the samples first..last of a batch: io = (pread, imdecode, file descriptor of each beton), table (B, 13).
+    Returns -1, or 4 * sample + 2 * source + error - 1 of the first sample that cannot be read."""
     views = len(recipes)
     for i in range(first, last):
         row = table[i]
-        pair = _key(seed, epoch, row[INDEX], 1 << 33)
+        pair = _key(seed, epoch, row[KEY], 1 << 33)
         from_view = -1
         if row[HAS_VIEW] and _uniform(pair, 0) < alpha:
             from_view = swap if swap >= 0 else int(_uniform(pair, 1) * min(2, views))
         synthetic[i] = from_view
         loaded0 = loaded1 = False
         for v in range(views):
-            source = VIEW if v == from_view else IMAGE
+            source = VIEW if v % 2 == from_view else IMAGE
             at, n, height, width, is_jpeg = row[5 * source], row[5 * source + 1], row[5 * source + 2], \
                 row[5 * source + 3], row[5 * source + 4]
             image = images[source]
             if not (loaded1 if source == VIEW else loaded0):
                 target = file if is_jpeg else image
-                if _c(io[1], (io[0], np.int64(target.ctypes.data), n, at)) != n:
+                if _c(io[0], (io[2 + row[FILE]], np.int64(target.ctypes.data), n, at)) != n:
                     return 4 * i + 2 * source + SHORT_READ - 1
-                if is_jpeg and np.int32(_c(io[2], (np.int64(file.ctypes.data), n, height, width,
+                if is_jpeg and np.int32(_c(io[1], (np.int64(file.ctypes.data), n, height, width,
                                                    np.int64(image.ctypes.data), height, width, 0, 0, 1, 1, 0, 0))):
                     return 4 * i + 2 * source + BAD_JPEG - 1
                 if source == VIEW:
@@ -424,7 +424,7 @@ def _render(io, table, first, last, seed, epoch, alpha, swap, recipes, offsets, 
                     loaded0 = True
             area = int(recipes[v, SIZE]) ** 2 * 3
             begin = offsets[v] + i * area
-            d = _draw(_key(seed, epoch, row[INDEX], v), recipes[v], height, width)
+            d = _draw(_key(seed, epoch, row[KEY], v), recipes[v], height, width)
             _augment(image, height, width, recipes[v], d, rows, planes, floats, out[begin:begin + area])
     return -1
 
@@ -868,15 +868,19 @@ def _recipe_row(recipe, where):
 class PairLoader:
     """Batches of augmented views from a paired beton.
 
+    path         a beton, or a list of betons that make one set in this order: original pairs and extra real or
+                 synthetic images, say (GenView Table 4). `index` stays that of the beton a sample comes from
     views        one recipe per view: size (pixels), crop_scale [lo, hi] (share of the area; null: the shorter side is
                  resized to `resize`, the centre cut out), flip, jitter [brightness, contrast, saturation, hue],
                  jitter_prob, gray_prob, blur_prob, blur_sigma [lo, hi], solarize_prob. What is left out is off.
     alpha        probability that one view of a sample is cut from its synthetic image (GenView sec. 3.2)
     swap         which of the first two views: 'random' (each sample and epoch anew, as GenView's code), 'first',
-                 'second'. A sample without a synthetic image takes every view from the original.
+                 'second'. A sample without a synthetic image takes every view from the original. Further views, the
+                 small crops of SwAV, share the images of the pair out: the third is cut from the image of the first
+                 view, the fourth from that of the second, and so on in turn.
     batch_size   samples per process; world processes share a global batch
     num_workers  threads that decode and augment
-    indices      positions in the beton to use (default: all)
+    indices      positions to use, counted through all betons (default: all)
     verify       check every byte of the beton first (default: on rank 0; remembered, see open_beton)
     pin_memory   hand out page-locked tensors, for non-blocking copies to a GPU
 
@@ -885,7 +889,10 @@ class PairLoader:
 
     def __init__(self, path, views, alpha=1.0, swap='random', *, batch_size, seed, num_workers, rank=0, world=1,
                  drop_last=True, shuffle=True, indices=None, verify=None, pin_memory=False):
-        self.path, self.alpha, self.shuffle, self.pin_memory = Path(path), alpha, shuffle, pin_memory
+        paths = path if isinstance(path, (list, tuple)) else [path]
+        if not paths or not all(isinstance(p, (str, os.PathLike)) for p in paths):
+            raise DataError(f'path: {path!r} is neither the name of a beton nor a list of such names')
+        self.paths, self.alpha, self.shuffle, self.pin_memory = list(map(Path, paths)), alpha, shuffle, pin_memory
         if not views:
             raise DataError('views: at least one recipe is needed')
         self.recipes = np.array([_recipe_row(r, f'views[{k}]') for k, r in enumerate(views)])
@@ -899,7 +906,13 @@ class PairLoader:
                 raise DataError(f'{name}: {value!r} is not a whole number >= {least}')
         if rank >= world:
             raise DataError(f'rank {rank} does not fit a world of {world}')
-        self.sidecar = open_beton(path, verify=rank == 0 if verify is None else verify)
+        path = ' + '.join(map(str, self.paths))
+        sidecars = [open_beton(p, verify=rank == 0 if verify is None else verify) for p in self.paths]
+        self.sizes = [sidecar['bytes'] for sidecar in sidecars]
+        self.sidecar = sidecars[0] if len(sidecars) == 1 else {
+            **{key: sum(sidecar[key] for sidecar in sidecars) for key in ('samples', 'with_view', 'bytes')},
+            'max_resolution': max(sidecar['max_resolution'] for sidecar in sidecars),
+            'crc32': [crc for sidecar in sidecars for crc in sidecar['crc32']]}
         n = self.sidecar['samples']
         self.indices = np.arange(n) if indices is None else np.asarray(indices)
         if self.indices.ndim != 1 or not len(self.indices) or self.indices.dtype.kind not in 'iu' \
@@ -912,12 +925,15 @@ class PairLoader:
                             f'{len(self.indices)} samples: take a smaller batch_size')
         self.swap = {'random': -1, 'first': 0, 'second': 1}[swap]
         self.seed, self.rank, self.world, self.num_workers = seed, rank, world, num_workers
-        self.file = open(path, 'rb')
-        reader = Reader(str(path))
-        self.metadata = reader.metadata
-        self.region_bytes = reader.alloc_table['size'].astype(np.int64).reshape(n, 2)
-        self.io = np.array([self.file.fileno(), c_cast(libc.pread, c_void_p).value,
-                            c_cast(ctypes_imdecode, c_void_p).value], np.int64)
+        self.files, readers = [open(p, 'rb') for p in self.paths], [Reader(str(p)) for p in self.paths]
+        self.metadata = np.concatenate([reader.metadata for reader in readers])
+        self.region_bytes = np.concatenate([reader.alloc_table['size'] for reader in readers]).astype(np.int64)
+        self.region_bytes = self.region_bytes.reshape(n, 2)
+        self.file_of = np.repeat(np.arange(len(readers)), [sidecar['samples'] for sidecar in sidecars])
+        # an index may occur in several betons: after the first one the position counts, which no index reaches
+        self.keys = np.where(self.file_of == 0, self.metadata['f3'], (1 << 62) + np.arange(n))
+        self.io = np.array([c_cast(libc.pread, c_void_p).value, c_cast(ctypes_imdecode, c_void_p).value,
+                            *(file.fileno() for file in self.files)], np.int64)
         size = int(self.recipes[:, SIZE].max())
         height, width = (np.maximum(self.metadata['f0'][side], self.metadata['f1'][side]).astype(np.int64)
                          for side in ('height', 'width'))
@@ -935,13 +951,14 @@ class PairLoader:
     def epoch(self, epoch, start_batch=0):
         """Iterate over the batches of an epoch from start_batch on. Each is a dict: `views`, a list of uint8 tensors
         (B, 3, size, size) in channels_last memory; `label`, `index`, `noise_level`, int64 (B,); `synthetic`, int8 (B,):
-        which view comes from the synthetic image, -1 for none. Nothing handed out is ever overwritten. Raises DataError
-        when the beton has changed or a sample cannot be read or decoded."""
+        which of the first two views comes from the synthetic image, -1 for none. Nothing handed out is ever
+        overwritten. Raises DataError when a beton has changed or a sample cannot be read or decoded."""
         if epoch < 0 or not 0 <= start_batch <= len(self):
             raise DataError(f'epoch {epoch} or start_batch {start_batch} is out of range: it has {len(self)} batches')
-        size = os.fstat(self.file.fileno()).st_size
-        if size != self.sidecar['bytes']:
-            raise DataError(f'{self.path}: {size:,} bytes, it had {self.sidecar["bytes"]:,} when it was opened')
+        for path, file, before in zip(self.paths, self.files, self.sizes):
+            size = os.fstat(file.fileno()).st_size
+            if size != before:
+                raise DataError(f'{path}: {size:,} bytes, it had {before:,} when it was opened')
         order = self.indices
         if self.shuffle:
             order = order[np.argsort(_permutation_keys(self.seed, epoch, len(order)), kind='stable')]
@@ -965,12 +982,12 @@ class PairLoader:
         ids = order[b * self.global_batch:(b + 1) * self.global_batch]
         ids = ids[self.rank * len(ids) // self.world:(self.rank + 1) * len(ids) // self.world]
         meta, n = self.metadata[ids], len(ids)
-        table = np.empty((n, 12), np.int64)
+        table = np.empty((n, 13), np.int64)
         for source in (IMAGE, VIEW):
             stored, columns = meta[f'f{source}'], table[:, 5 * source:5 * source + 5].T
             columns[:] = (stored['data_ptr'], self.region_bytes[ids, source], stored['height'], stored['width'],
                           stored['mode'] == JPG)
-        table[:, INDEX], table[:, HAS_VIEW] = meta['f3'], meta['f4'] >= 0
+        table[:, FILE], table[:, KEY], table[:, HAS_VIEW] = self.file_of[ids], self.keys[ids], meta['f4'] >= 0
         areas = (self.recipes[:, SIZE] ** 2 * 3).astype(np.int64) * n
         offsets = np.concatenate([[0], np.cumsum(areas)])
         pixels = torch.empty(int(offsets[-1]), dtype=torch.uint8, pin_memory=self.pin_memory)
@@ -982,18 +999,19 @@ class PairLoader:
             batch[name] = torch.from_numpy(meta[column].copy())
         arguments = (self.seed, epoch, float(self.alpha), self.swap, self.recipes, offsets)
         step = -(-n // (4 * self.num_workers))           # four jobs a thread: they end at about the same time
-        jobs = [self.threads.submit(self._render, table, first, min(n, first + step), arguments, pixels.numpy(),
+        jobs = [self.threads.submit(self._render, ids, table, first, min(n, first + step), arguments, pixels.numpy(),
                                     synthetic.numpy()) for first in range(0, n, step or 1)]
         return batch, jobs
 
-    def _render(self, table, first, last, arguments, pixels, synthetic):
+    def _render(self, ids, table, first, last, arguments, pixels, synthetic):
         if not hasattr(self.local, 'scratch'):           # one per thread; pages that are never touched cost nothing
             self.local.scratch = [np.empty(shape, kind) for shape, kind in self.scratch]
         failed = _render(self.io, table, first, last, *arguments, *self.local.scratch, pixels, synthetic)
         if failed >= 0:
-            row, field = table[failed >> 2], ('image', 'view')[failed >> 1 & 1]
+            k, field = ids[failed >> 2], ('image', 'view')[failed >> 1 & 1]
             what = 'is a JPEG that does not decode' if failed & 1 else 'ends early: the file has been truncated'
-            raise DataError(f'{self.path}: `{field}` of the sample with index {row[INDEX]} {what}: write it again')
+            raise DataError(f'{self.paths[self.file_of[k]]}: `{field}` of the sample with index '
+                            f'{self.metadata["f3"][k]} {what}: write it again')
 
     def _collect(self, batch, jobs):
         for job in jobs:

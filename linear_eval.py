@@ -13,10 +13,10 @@ import math
 import sys
 import time
 from contextlib import closing
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ from tqdm import tqdm
 from common import (Fail, Log, Processes, StopSignal, changed_keys, load_checkpoint, precision_dtype, run,
                     save_checkpoint, save_json, seed_everything)
 from data import CIFAR_MEAN, CIFAR_STD, CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, PairLoader, open_beton
-from models import gather, load_backbone, normalize
+from models import Encoder, all_features, hits, knn_accuracy, load_backbone, percent
 
 DEFAULTS = """
 checkpoint: null        # backbone.pt of pretrain.py, or a torchvision/timm ResNet state dict (.pth, .safetensors)
@@ -91,77 +91,6 @@ def digest(module):
     for name, value in module.state_dict().items():
         total.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
     return total.hexdigest()
-
-
-class Encoder:
-    """Frozen backbone with its normalisation: uint8 (B, 3, S, S) -> float32 features (B, D)."""
-
-    def __init__(self, backbone, mean, std, device, dtype):
-        self.backbone = backbone.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-        self.mean, self.std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (mean, std))
-        self.device, self.dtype = device, dtype
-
-    @torch.no_grad()
-    def __call__(self, images):
-        images = normalize(images.to(self.device, non_blocking=True), self.mean, self.std)
-        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            return self.backbone(images).float()
-
-
-def all_features(path, recipe, encoder, config, processes, what):
-    """Features (N, D) and labels (N,) of all images of a beton, in its order, on the CPU of every process.
-
-    Each process encodes every world-th image: none is encoded twice, whatever N is. Half precision is kept as such."""
-    n = open_beton(path, verify=processes.main)['samples']
-    mine = np.arange(processes.rank, n, processes.world)
-    features, labels = [], []
-    if len(mine):
-        loader = PairLoader(path, [recipe], alpha=0, swap='first', batch_size=min(config['batch'], len(mine)), seed=0,
-                            num_workers=config['num_workers'], drop_last=False, shuffle=False, indices=mine,
-                            verify=False, pin_memory=processes.device.type == 'cuda')
-        for batch in tqdm(loader.epoch(0), what, len(loader), disable=None if processes.main else True):
-            features.append(encoder(batch['views'][0]).cpu())
-            labels.append(batch['label'])
-    width = encoder.backbone.feature_dim
-    features, labels = torch.cat([torch.empty(0, width), *features]), torch.cat([torch.empty(0).long(), *labels])
-    if encoder.dtype != torch.float32:
-        features = features.half()  # computed in half precision: nothing is lost, and ImageNet's fit in memory
-    share = -(-n // processes.world)  # the last processes may have one less: padded to travel, cut off again
-    features = F.pad(features, (0, 0, 0, share - len(features))).to(processes.device)
-    labels = F.pad(labels, (0, share - len(labels))).to(processes.device)
-    features, labels = (gather(t).view(processes.world, share, *t.shape[1:]).transpose(0, 1).flatten(0, 1)[:n].cpu()
-                        for t in (features, labels))
-    return features, labels
-
-
-def hits(scores, labels):
-    """How many rows of scores (B, C) have their label (B,) first, and among the first five: tensor (2,)."""
-    best = scores.topk(min(5, scores.shape[1]), dim=1).indices == labels[:, None]
-    return torch.stack([best[:, 0].sum(), best.any(1).sum()]).double()
-
-
-def percent(counts, n, processes):
-    """Hits (2,) of this process's share of n images -> top-1 and top-5 in percent over all processes."""
-    if dist.is_initialized():
-        counts = counts.to(processes.device)
-        dist.all_reduce(counts)
-    return [round(v, 3) for v in (100 * counts / n).tolist()]
-
-
-def knn_accuracy(train, train_labels, test, test_labels, classes, k, temperature, batch, processes):
-    """Weighted kNN (Wu et al. 2018): the k nearest by cosine vote with exp(cosine / temperature). [top-1, top-5]."""
-    device = processes.device
-    kept = train.dtype if device.type == 'cuda' else torch.float32  # ImageNet's features: 5 GB of a GPU, not 10
-    train = torch.cat([F.normalize(part.to(device).float(), dim=1).to(kept) for part in train.split(65536)])
-    train_labels = train_labels.to(device)
-    counts = torch.zeros(2, dtype=torch.double, device=device)
-    for chunk in torch.arange(processes.rank, len(test), processes.world).split(batch):
-        query = F.normalize(test[chunk].to(device).float(), dim=1)
-        cosine, nearest = (query.to(kept) @ train.T).float().topk(k, dim=1)
-        votes = torch.zeros(len(chunk), classes, device=device)
-        votes.scatter_add_(1, train_labels[nearest], (cosine / temperature).exp())
-        counts += hits(votes, test_labels[chunk].to(device))
-    return percent(counts, len(test), processes)
 
 
 def batches(config, recipe, train, encoder, processes):
@@ -229,15 +158,21 @@ def main(config):
     stop = StopSignal()
     log = Log(folder, config, processes.main, config['tensorboard'])
     source = config['normalization'] or ('its own' if own else 'imagenet (the file names none)')
-    log.write(f"{config['checkpoint']}: {info['arch']}, {info['stem']} stem, width {info['width']}, "
-              f"{info['feature_dim']} features{'; ' * bool(info['note'])}{info['note']}; normalisation {source}, "
-              f"{size} px; {n_train} training and {n_test} test images")
+    log.write(f"{config['checkpoint']}: {info['text']}, {info['feature_dim']} features"
+              f"{'; ' * bool(info['note'])}{info['note']}; normalisation {source}, {size} px; "
+              f"{n_train} training and {n_test} test images")
 
     begin = time.perf_counter()
     seed_everything(config['seed'])
     encoder = Encoder(backbone, mean, std, device, dtype)
-    train = all_features(config['train_beton'], recipe, encoder, config, processes, 'train features')
-    test, test_labels = all_features(config['test_beton'], recipe, encoder, config, processes, 'test features')
+
+    def images(path, positions):
+        return PairLoader(path, [recipe], alpha=0, swap='first', batch_size=min(config['batch'], len(positions)),
+                          seed=0, num_workers=config['num_workers'], drop_last=False, shuffle=False, indices=positions,
+                          verify=False, pin_memory=device.type == 'cuda')
+    train, (test, test_labels) = (
+        all_features(partial(images, config[f'{part}_beton']), n, encoder, processes, f'{part} features')
+        for part, n in (('train', n_train), ('test', n_test)))
     classes = int(max(train[1].max(), test_labels.max())) + 1
     if min(train[1].min(), test_labels.min()) < 0:
         raise Fail(f"{config['train_beton']}, {config['test_beton']}: there are images without label (-1)")

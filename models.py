@@ -1,20 +1,27 @@
-"""Encoders and SSL methods as nn.Modules: the frozen CLIP encoder, backbones, MoCo v2, loading foreign checkpoints."""
+"""Encoders and SSL methods as nn.Modules: the frozen CLIP encoder and the quality of a pair, backbones, the methods
+(METHODS: MoCo v2, MoCo v3, BYOL, SimSiam, SwAV, SimCLR, VICReg), frozen features and kNN, loading checkpoints."""
 import difflib
 import hashlib
 import logging
+import math
 import re
 from copy import deepcopy
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from tqdm import tqdm
 
 from common import Fail, load_checkpoint
-from loss import info_nce
+from loss import (info_nce, info_nce_batch, negative_cosine, nt_xent, pair_quality, quality_weights, sinkhorn,
+                  swapped_prediction, vicreg)
 
 # ---------------------------------------------------------------------------------------------------
 # Frozen CLIP
@@ -119,24 +126,60 @@ def _clip_source(spec, open_clip):
     return f'local-dir:{folder}', None, image_size
 
 
+class Quality:
+    """Weights of a batch of pairs from the frozen encoder (GenView eq. 10-14), which sees the very same views.
+
+    All pairs are weighted, those without a synthetic view too, as in the official code."""
+
+    def __init__(self, config, device):
+        path = Path(config['pc'] or '')
+        if not path.is_file():
+            raise Fail(f"quality.pc: {config['pc']}: no such file; fg_proportion.py writes it as fg_proportion.npz")
+        try:
+            loaded = np.load(path)
+            pc = np.asarray(loaded['pc'] if path.suffix == '.npz' else loaded, np.float32).reshape(-1)
+            encoder = str(loaded['encoder']) if path.suffix == '.npz' and 'encoder' in loaded else None
+        except (KeyError, ValueError, OSError) as error:
+            raise Fail(f'quality.pc: {path}: no principal component in it ({error})') from None
+        self.clip, self.temperature = FrozenClip(config['clip'], device), config['temperature']
+        if len(pc) != self.clip.token_dim:
+            raise Fail(f"quality.pc: {path} has width {len(pc)}, tokens of {config['clip']['model']} have "
+                       f'{self.clip.token_dim}: run fg_proportion.py with this encoder')
+        if encoder not in (None, self.clip.fingerprint()):
+            raise Fail(f"quality.pc: {path} was made with other weights than {config['clip']['model']}: run "
+                       'fg_proportion.py with this encoder')
+        self.pc = torch.from_numpy(pc).to(device)
+        self.mean, self.std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (self.clip.mean, self.clip.std))
+
+    @torch.no_grad()
+    def __call__(self, view_1, view_2):
+        """uint8 views (B, 3, S, S) -> weights (B,) of mean 1 over the global batch, quality (B,)."""
+        images = normalize(torch.cat([view_1, view_2]), self.mean, self.std)
+        if images.shape[-1] != self.clip.image_size:
+            images = F.interpolate(images, size=self.clip.image_size, mode='bilinear')
+        quality = pair_quality(*self.clip.tokens(images).chunk(2), self.pc)
+        return quality_weights(quality, self.temperature), quality
+
+
 # ---------------------------------------------------------------------------------------------------
-# Backbones: torchvision's ResNets with a stem for small images and a width key
+# Backbones: torchvision's ResNets with a stem for small images and a width key, timm's ViT as MoCo v3 uses it
 
 BLOCKS = {'resnet18': (BasicBlock, (2, 2, 2, 2)), 'resnet34': (BasicBlock, (3, 4, 6, 3)),
           'resnet50': (Bottleneck, (3, 4, 6, 3)), 'resnet101': (Bottleneck, (3, 4, 23, 3))}
+VITS = {'vit_small': 384, 'vit_base': 768}  # width; both have 12 blocks and 12 heads
 
 
 class Backbone(ResNet):
     """ResNet without classifier: images (B, 3, H, W) -> features (B, feature_dim); torchvision's parameter names.
 
     stem: 'imagenet' (7x7 stride 2 and max-pool) or 'cifar' (3x3 stride 1, no max-pool: GenView appendix A).
-    width: channels of the first stage (64 as published; 32 has a quarter of the cost). No zero-initialised residuals.
+    width: channels of the first stage (64 as published; 32 has a quarter of the cost).
     """
 
-    def __init__(self, arch, stem='imagenet', width=64, norm_layer=None):
+    def __init__(self, arch, stem='imagenet', width=64, zero_init_residual=False, norm_layer=None):
         self.width = width  # read by _make_layer, which ResNet's constructor calls
         block, layers = BLOCKS[arch]
-        super().__init__(block, list(layers), norm_layer=norm_layer)
+        super().__init__(block, list(layers), zero_init_residual=zero_init_residual, norm_layer=norm_layer)
         self.feature_dim = 8 * width * block.expansion
         kernel = 3 if stem == 'cifar' else 7
         self.conv1 = nn.Conv2d(3, width, kernel, stride=1 if stem == 'cifar' else 2, padding=kernel // 2, bias=False)
@@ -152,15 +195,90 @@ class Backbone(ResNet):
         return super()._make_layer(block, planes * self.width // 64, *args, **kwargs)
 
 
-def build_backbone(arch, stem='imagenet', width=64, norm_layer=None):
-    """Backbone by name (a key of BLOCKS), randomly initialised."""
+class ViT(VisionTransformer):
+    """Vision transformer of MoCo v3: images (B, 3, H, W) -> class token after the last norm (B, feature_dim); timm's
+    parameter names. Fixed 2-D sin-cos position embedding, frozen random patch embedding, 12 heads at any width: timm's
+    and DeiT's vit_small has 6 and reads the same weights without complaint, to no use. Another image size than that of
+    training interpolates the position embedding."""
+
+    def __init__(self, arch, patch_size=16, image_size=224):
+        self.feature_dim = width = VITS[arch]
+        super().__init__(img_size=image_size, patch_size=patch_size, embed_dim=width, depth=12, num_heads=12,
+                         num_classes=0, weight_init='moco', dynamic_img_size=True)
+        bound = (6 / (3 * patch_size ** 2 + width)) ** 0.5
+        nn.init.uniform_(self.patch_embed.proj.weight, -bound, bound)
+        nn.init.zeros_(self.patch_embed.proj.bias)
+        row, column = torch.meshgrid(*(torch.arange(n, dtype=torch.float32) for n in self.patch_embed.grid_size),
+                                     indexing='ij')
+        frequency = 10_000 ** (-torch.arange(width // 4, dtype=torch.float32) / (width // 4))
+        angles = [place.reshape(-1, 1) * frequency for place in (row, column)]
+        places = torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], 1)
+        self.pos_embed = nn.Parameter(torch.cat([torch.zeros(1, width), places])[None])  # nothing for the class token
+        for frozen in (self.pos_embed, *self.patch_embed.parameters()):
+            frozen.requires_grad_(False)
+
+
+def build_backbone(arch, stem='imagenet', width=64, patch_size=16, image_size=224, zero_init_residual=False,
+                   norm_layer=None):
+    """Backbone by name (a key of BLOCKS or VITS), randomly initialised. What belongs to the other kind is not used."""
+    if arch in VITS:
+        if patch_size < 1 or image_size % patch_size:
+            raise Fail(f'backbone.patch_size: {patch_size} pixels do not divide the {image_size} of image_size')
+        return ViT(arch, patch_size, image_size)
     if arch not in BLOCKS:
-        raise Fail(f"backbone.arch: '{arch}' is unknown; there are {', '.join(BLOCKS)}")
+        raise Fail(f"backbone.arch: '{arch}' is unknown; there are {', '.join([*BLOCKS, *VITS])}")
     if stem not in ('imagenet', 'cifar'):
         raise Fail(f"backbone.stem: '{stem}' is unknown; there are imagenet, cifar")
     if width < 8 or width % 8:
         raise Fail(f'backbone.width: {width} must be a multiple of 8')
-    return Backbone(arch, stem, width, norm_layer)
+    return Backbone(arch, stem, width, zero_init_residual, norm_layer)
+
+
+def describe(backbone):
+    """Of the keys of a backbone those that its kind has, for files, and words for the log."""
+    if backbone['arch'] in VITS:
+        return ({'arch': backbone['arch'], 'patch_size': backbone['patch_size'], 'heads': 12},
+                f"{backbone['arch']} (patches of {backbone['patch_size']} px, 12 heads)")
+    kept = {key: backbone[key] for key in ('arch', 'stem', 'width')}
+    return kept, f"{kept['arch']} (width {kept['width']}, {kept['stem']} stem)"
+
+
+# ---------------------------------------------------------------------------------------------------
+# Processes and batch norm
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+@torch.no_grad()
+def gather(tensor):
+    """(B, ...) on each process -> (world * B, ...) on all of them, in order of rank; no gradient flows."""
+    if world_size() == 1:
+        return tensor
+    gathered = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(world_size())]
+    dist.all_gather(gathered, tensor.contiguous())
+    return torch.cat(gathered)
+
+
+def global_mean(tensor):
+    """Mean over the processes of a scalar tensor, as a float."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+        tensor = tensor / dist.get_world_size()
+    return tensor.item()
+
+
+def average_running_statistics(model):
+    """Processes keep their own batch norm statistics while they train; what is saved is their mean, on all of them."""
+    if dist.is_initialized():
+        for name, buffer in model.named_buffers():
+            if name.endswith(('running_mean', 'running_var')):
+                dist.all_reduce(buffer)
+                buffer /= dist.get_world_size()
 
 
 class SplitBatchNorm2d(nn.BatchNorm2d):
@@ -183,22 +301,60 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         return torch.cat(parts)
 
 
+class _ProcessMean(torch.autograd.Function):
+    """Mean over the processes. Each has a loss of its own that depends on it: backward adds up their gradients, and
+    the share of each process in the mean is 1 / world."""
+
+    @staticmethod
+    def forward(ctx, tensor):
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(tensor)
+        return tensor / dist.get_world_size()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return _ProcessMean.forward(ctx, gradient)
+
+
+class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """BatchNorm1d and 2d with the statistics of the global batch, on any device: torch's SyncBatchNorm needs a GPU.
+    Every process must hold equally many samples."""
+
+    def _check_input_dim(self, x):
+        pass
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        shape, axes = [1, -1] + [1] * (x.dim() - 2), [0, *range(2, x.dim())]
+        values = x.float()
+        mean = _ProcessMean.apply(values.mean(axes))
+        centred = values - mean.view(shape)
+        variance = _ProcessMean.apply(centred.square().mean(axes))  # two passes: E[x^2] - E[x]^2 would cancel
+        with torch.no_grad():
+            count = world_size() * x.numel() / x.shape[1]
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
+            self.num_batches_tracked += 1
+        values = centred * torch.rsqrt(variance + self.eps).view(shape)
+        if self.affine:
+            values = values * self.weight.view(shape) + self.bias.view(shape)
+        return values.to(x.dtype)
+
+
+def synchronize_batch_norm(model, device):
+    """Every BatchNorm of `model` takes the statistics of the global batch from now on. In one process it does."""
+    if world_size() > 1 and device.type == 'cuda':
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if world_size() > 1:
+        for module in model.modules():
+            if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d):
+                module.__class__ = GlobalBatchNorm  # same parameters and buffers under the same names
+    return model
+
+
 # ---------------------------------------------------------------------------------------------------
-# MoCo v2
-
-def world_size():
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-@torch.no_grad()
-def gather(tensor):
-    """(B, ...) on each process -> (world * B, ...) on all of them, in order of rank; no gradient flows."""
-    if world_size() == 1:
-        return tensor
-    gathered = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(world_size())]
-    dist.all_gather(gathered, tensor.contiguous())
-    return torch.cat(gathered)
-
+# The methods
 
 def normalize(images, mean, std):
     """uint8 images (B, 3, H, W) -> float32, channels last; mean and std are (1, 3, 1, 1) for values in [0, 1]."""
@@ -206,7 +362,79 @@ def normalize(images, mean, std):
     return images.sub_(mean * 255).div_(std * 255)
 
 
-class MoCo(nn.Module):
+def mlp(*sizes, bias=False, last_bias=False):
+    """Linear - BatchNorm - ReLU for each hidden size and a Linear at the end."""
+    layers = []
+    for inputs, outputs in zip(sizes, sizes[1:-1]):
+        layers += [nn.Linear(inputs, outputs, bias=bias), nn.BatchNorm1d(outputs), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers, nn.Linear(sizes[-2], sizes[-1], bias=last_bias))
+
+
+def cosine(start, end, step, total):
+    """Half a cosine from start (step 0) to end (step `total`)."""
+    return end - (end - start) * (math.cos(math.pi * step / total) + 1) / 2
+
+
+@torch.no_grad()
+def follow(slow, fast, momentum):
+    """Exponential moving average of the parameters alone: batch norm keeps statistics of its own."""
+    torch._foreach_lerp_(list(slow.parameters()), list(fast.parameters()), 1 - momentum)
+
+
+@torch.no_grad()
+def feature_std(features):
+    """Mean standard deviation of the L2-normalised features (B, D) of the global batch: 1/sqrt(D) when they are spread
+    over all of the sphere, 0 when they have collapsed."""
+    return gather(F.normalize(features.float(), dim=1)).std(0, correction=0).mean()
+
+
+@torch.no_grad()
+def batch_top1(query, key):
+    """Share of the queries whose own key is the nearest of the global batch; (B, D) each, rows normalised."""
+    with torch.autocast(query.device.type, enabled=False):
+        nearest = (query.float() @ gather(key.float()).T).argmax(1)
+    return (nearest == rank() * len(query) + torch.arange(len(query), device=query.device)).float().mean()
+
+
+class Method(nn.Module):
+    """What the methods share. A step is: before_step(step), forward once per micro-batch, backward, grad = None for the
+    parameters in frozen(step), optimizer, after_step(step).
+
+    forward(views, step, look=False): views, a list of uint8 (B, 3, S_k, S_k) of this process, is the pair and, for
+    SwAV, small crops. Returns loss (B,), extra () and figures. The loss of the process is (weights * loss).mean() +
+    extra; figures are scalars that show whether the run is healthy, {} unless look. All processes must call it alike.
+
+    backbone: keywords of build_backbone, zero_init_residual null for the method's own. mean, std: normalisation of the
+    views, 3 floats each. total_steps, steps_per_epoch: for schedules, which are functions of the step alone."""
+    sync_bn = True                  # batch norm over the global batch
+    zero_init_residual = False      # as torchvision's ResNets start, unless the official code says otherwise
+    fix_predictor_lr = False        # the predictor's learning rate stays at its start
+
+    def __init__(self, backbone, norm_layer=None, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), seed=0,
+                 total_steps=1, steps_per_epoch=1):
+        super().__init__()
+        zero = backbone.get('zero_init_residual')
+        zero = self.zero_init_residual if zero is None else zero
+        self.new_backbone = partial(build_backbone, **{**backbone, 'zero_init_residual': zero}, norm_layer=norm_layer)
+        self.backbone = self.new_backbone()
+        self.seed, self.total_steps, self.steps_per_epoch = seed, total_steps, steps_per_epoch
+        self.register_buffer('mean', torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer('std', torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+
+    def features(self, view):
+        return self.backbone(normalize(view, self.mean, self.std))
+
+    def before_step(self, step):
+        pass
+
+    def after_step(self, step):
+        pass
+
+    def frozen(self, step):
+        return ()
+
+
+class MoCoV2(Method):
     """MoCo v2 (He et al. 2020; Chen et al. 2020), details after facebookresearch/moco and its CIFAR notebook.
 
     backbone, projector: query side. momentum_backbone, momentum_projector: exponential moving average of the
@@ -215,30 +443,26 @@ class MoCo(nn.Module):
     bn_splits: batch norm sees the global batch in this many groups, and the keys are shuffled between the groups, so
     that a query and its key share no statistics that would give the pair away. The groups are spread over the
     processes: the result does not depend on how many there are.
-    mean, std: 3 floats each, normalisation of the uint8 views.
     """
+    sync_bn = False
 
     def __init__(self, backbone, dim=128, queue=65536, momentum=0.999, temperature=0.2, bn_splits=8, symmetric=False,
-                 mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), seed=0):
-        super().__init__()
+                 **common):
         splits = bn_splits // world_size()
-        norm_layer = partial(SplitBatchNorm2d, splits=splits) if splits > 1 else None
-        self.backbone = build_backbone(**backbone, norm_layer=norm_layer)
+        super().__init__(backbone, partial(SplitBatchNorm2d, splits=splits) if splits > 1 else None, **common)
         width = self.backbone.feature_dim
         self.projector = nn.Sequential(nn.Linear(width, width), nn.ReLU(inplace=True), nn.Linear(width, dim))
         self.momentum_backbone = deepcopy(self.backbone).requires_grad_(False)
         self.momentum_projector = deepcopy(self.projector).requires_grad_(False)
-        self.momentum, self.temperature, self.symmetric, self.seed = momentum, temperature, symmetric, seed
+        self.momentum, self.temperature, self.symmetric = momentum, temperature, symmetric
         self.shuffle = bn_splits > 1
         self.register_buffer('queue', F.normalize(torch.randn(queue, dim), dim=1))
         self.register_buffer('queue_pointer', torch.zeros((), dtype=torch.long))
-        self.register_buffer('mean', torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer('std', torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
-    @torch.no_grad()
-    def update_momentum_encoder(self):
-        for slow, fast in ((self.momentum_backbone, self.backbone), (self.momentum_projector, self.projector)):
-            torch._foreach_lerp_(list(slow.parameters()), list(fast.parameters()), 1 - self.momentum)
+    def before_step(self, step):
+        """The keys come from encoders that already follow the last step, as in the official code."""
+        follow(self.momentum_backbone, self.backbone, self.momentum)
+        follow(self.momentum_projector, self.projector, self.momentum)
 
     @torch.no_grad()
     def keys(self, images, order):
@@ -247,8 +471,7 @@ class MoCo(nn.Module):
         order: permutation of the global batch; process r encodes the r-th part of the permuted batch."""
         local = len(images)
         if self.shuffle:
-            rank = dist.get_rank() if world_size() > 1 else 0
-            images = gather(images)[order[rank * local:(rank + 1) * local]]
+            images = gather(images)[order[rank() * local:(rank() + 1) * local]]
         keys = self.momentum_projector(self.momentum_backbone(normalize(images, self.mean, self.std)))
         keys = gather(F.normalize(keys.float(), dim=1))
         return keys[order.argsort()] if self.shuffle else keys
@@ -260,35 +483,327 @@ class MoCo(nn.Module):
         self.queue[place] = keys
         self.queue_pointer.copy_((self.queue_pointer + len(keys)) % len(self.queue))
 
-    def forward(self, view_1, view_2, step, look=False):
-        """view_1 (query), view_2 (key): uint8 (B, 3, S, S) -> (loss per sample (B,), figures if look else None).
-
-        step: number of this step, which seeds the shuffling. figures: see contrastive_figures."""
-        self.update_momentum_encoder()  # before the keys are computed, as in the official code
+    def forward(self, views, step, look=False):
+        """views: query, key. The number of the step seeds the shuffling. See Method."""
+        view_1, view_2 = views
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         order = torch.randperm(len(view_1) * world_size(), generator=generator).to(view_1.device)
-        rank = dist.get_rank() if world_size() > 1 else 0
-        mine = slice(rank * len(view_1), (rank + 1) * len(view_1))
-        loss, all_keys, figures = 0, [], None
+        mine = slice(rank() * len(view_1), (rank() + 1) * len(view_1))
+        loss, all_keys, figures = 0, [], {}
         for query_view, key_view in ((view_1, view_2), (view_2, view_1))[:2 if self.symmetric else 1]:
-            features = self.backbone(normalize(query_view, self.mean, self.std))
-            query = F.normalize(self.projector(features).float(), dim=1)
+            query = F.normalize(self.projector(self.features(query_view)).float(), dim=1)
             keys = self.keys(key_view, order)
             loss = loss + info_nce(query, keys[mine], self.queue, self.temperature)
-            figures = contrastive_figures(query, keys[mine], self.queue) if look else None
+            figures = self.figures(query, keys[mine]) if look else {}
             all_keys.append(keys)
         self.enqueue(torch.cat(all_keys))  # after the logits: a key is never its own negative
-        return loss, figures
+        return loss, loss.new_zeros(()), figures
+
+    @torch.no_grad()
+    def figures(self, query, key):
+        """query, key: (B, D). contrastive_top1: share of the queries whose own key is nearer than all of the queue."""
+        with torch.autocast(query.device.type, enabled=False):
+            nearest = (query * key).sum(1) > (query @ self.queue.T).amax(1)
+        return {'contrastive_top1': nearest.float().mean(), 'feature_std': feature_std(query)}
 
 
-@torch.no_grad()
-def contrastive_figures(query, key, queue):
-    """What shows whether a contrastive run is healthy, as tensors: share of queries whose own key is the nearest of
-    all, and the mean standard deviation of the normalised features: 1/sqrt(D) when they fill the sphere, 0 collapsed.
-    query, key: (B, D), queue: (K, D), rows normalised."""
-    with torch.autocast(query.device.type, enabled=False):
-        nearest = (query * key).sum(1) > (query @ queue.T).amax(1)
-    return {'contrastive_top1': nearest.float().mean(), 'feature_std': query.std(0).mean()}
+class MoCoV3(Method):
+    """MoCo v3 (Chen, Xie, He 2021), after facebookresearch/moco-v3. A view's negatives are the other keys of the global
+    batch; both directions count.
+
+    Projector: 2 layers (ViT: 3), batch norm without scale and shift at its end. Predictor: 2 layers, for ViT with such
+    a batch norm. No bias in either. Loss 2 T (l(q1, k2) + l(q2, k1)). ResNets start with zero residuals (GenView's own
+    config: without). The momentum goes to 1 on a cosine per step. SyncBatchNorm."""
+    zero_init_residual = True
+
+    def __init__(self, backbone, dim=256, hidden=4096, momentum=0.99, momentum_end=1.0, temperature=1.0, **common):
+        super().__init__(backbone, **common)
+        vit, width = isinstance(self.backbone, ViT), self.backbone.feature_dim
+        self.projector = mlp(width, *[hidden] * (2 if vit else 1), dim).append(nn.BatchNorm1d(dim, affine=False))
+        self.predictor = mlp(dim, hidden, dim).append(nn.BatchNorm1d(dim, affine=False) if vit else nn.Identity())
+        self.momentum_backbone = deepcopy(self.backbone).requires_grad_(False)
+        self.momentum_projector = deepcopy(self.projector).requires_grad_(False)
+        self.momentum, self.momentum_end, self.temperature = momentum, momentum_end, temperature
+
+    def before_step(self, step):
+        """Official: between queries and keys, which comes to the same: the queries do not change a parameter."""
+        momentum = cosine(self.momentum, self.momentum_end, step, self.total_steps)
+        follow(self.momentum_backbone, self.backbone, momentum)
+        follow(self.momentum_projector, self.projector, momentum)
+
+    @torch.no_grad()
+    def key(self, view):
+        features = self.momentum_backbone(normalize(view, self.mean, self.std))
+        return F.normalize(self.momentum_projector(features).float(), dim=1)
+
+    def forward(self, views, step, look=False):
+        """views: the pair. See Method."""
+        query_1, query_2 = (F.normalize(self.predictor(self.projector(self.features(v))).float(), dim=1) for v in views)
+        key_1, key_2 = (self.key(v) for v in views)
+        loss = 2 * self.temperature * (info_nce_batch(query_1, key_2, self.temperature)
+                                       + info_nce_batch(query_2, key_1, self.temperature))
+        figures = {'contrastive_top1': batch_top1(query_1, key_2), 'feature_std': feature_std(query_1)} if look else {}
+        return loss, loss.new_zeros(()), figures
+
+
+class BYOL(Method):
+    """BYOL (Grill et al. 2020), after deepmind-research/byol: predict the momentum encoder's projection of the other
+    view; no negatives.
+
+    Projector and predictor: Linear with bias, batch norm, ReLU, Linear without bias, initialised as haiku does
+    (truncated normal of std 1/sqrt(inputs), bias 0); the backbone as torchvision does. The momentum network starts from
+    its own random draw (paper and mmselfsup: a copy) and follows after the optimizer's step, momentum to 1 on a cosine.
+    Bottleneck ResNets start with zero residuals (mmselfsup's, GenView's source: without), those of basic blocks do not.
+    SyncBatchNorm. fix_predictor_lr: see SimSiam."""
+
+    def __init__(self, backbone, dim=256, hidden=4096, momentum=0.99, momentum_end=1.0, fix_predictor_lr=False,
+                 **common):
+        self.zero_init_residual = BLOCKS.get(backbone['arch'], [None])[0] is Bottleneck
+        super().__init__(backbone, **common)
+        self.momentum, self.momentum_end, self.fix_predictor_lr = momentum, momentum_end, fix_predictor_lr
+        self.projector, self.predictor, self.momentum_projector = (
+            mlp(width, hidden, dim, bias=True) for width in (self.backbone.feature_dim, dim, self.backbone.feature_dim))
+        for layer in (*self.projector, *self.predictor, *self.momentum_projector):
+            if isinstance(layer, nn.Linear):
+                std = layer.in_features ** -0.5
+                nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+        self.momentum_backbone = self.new_backbone().requires_grad_(False)
+        self.momentum_projector.requires_grad_(False)
+
+    def after_step(self, step):
+        momentum = cosine(self.momentum, self.momentum_end, step, self.total_steps)
+        follow(self.momentum_backbone, self.backbone, momentum)
+        follow(self.momentum_projector, self.projector, momentum)
+
+    @torch.no_grad()
+    def target(self, view):
+        return self.momentum_projector(self.momentum_backbone(normalize(view, self.mean, self.std)))
+
+    def forward(self, views, step, look=False):
+        """views: the pair. See Method."""
+        projection_1, projection_2 = (self.projector(self.features(v)) for v in views)
+        target_1, target_2 = (self.target(v) for v in views)
+        loss = 4 + 2 * (negative_cosine(self.predictor(projection_1), target_2)
+                        + negative_cosine(self.predictor(projection_2), target_1))
+        return loss, loss.new_zeros(()), {'feature_std': feature_std(projection_1)} if look else {}
+
+
+class SimSiam(Method):
+    """SimSiam (Chen & He 2021), after facebookresearch/simsiam: one encoder, a predictor and a stopped gradient.
+
+    Projector: 3 layers as wide as the features, batch norm without scale and shift at its end and therefore a frozen
+    bias before it. Predictor: a bottleneck, plain Linear at its end; fix_predictor_lr keeps its learning rate constant.
+    Zero residuals at the start. SyncBatchNorm. Loss: mean of the two directions."""
+    zero_init_residual = True
+
+    def __init__(self, backbone, dim=2048, hidden=512, fix_predictor_lr=True, **common):
+        super().__init__(backbone, **common)
+        width, self.fix_predictor_lr = self.backbone.feature_dim, fix_predictor_lr
+        self.projector = mlp(width, width, width, dim, last_bias=True).append(nn.BatchNorm1d(dim, affine=False))
+        self.projector[-2].bias.requires_grad_(False)
+        self.predictor = mlp(dim, hidden, dim, last_bias=True)
+
+    def forward(self, views, step, look=False):
+        """views: the pair. See Method."""
+        z1, z2 = (self.projector(self.features(v)) for v in views)
+        loss = (negative_cosine(self.predictor(z1), z2) + negative_cosine(self.predictor(z2), z1)) / 2
+        return loss, loss.new_zeros(()), {'feature_std': feature_std(z1)} if look else {}
+
+
+class SwAV(Method):
+    """SwAV (Caron et al. 2020), after facebookresearch/swav: predict the cluster assignment of a crop from the others.
+
+    The first two views, the large crops, get codes, over the global batch and the queue; every other crop predicts
+    them. They are the pair of GenView: its quality weights all terms of the sample, those of small crops too (neither
+    GenView's paper nor its code says how it was done).
+
+    Crops of one size share a pass and so batch norm statistics. Projector: one hidden layer with batch norm. Prototypes
+    are normalised before each step and learn after the first `freeze_prototypes`. queue (2, Q, D): projections of the
+    last Q samples, from the epoch on that is named, in use once it is full; the global one on every process, so that a
+    run may change their number (official: a file per process). SyncBatchNorm over the global batch (official: at batch
+    4096 over groups of 8 GPUs). No zero residuals at the start (mmselfsup's, GenView's source: with)."""
+
+    def __init__(self, backbone, dim=128, hidden=2048, prototypes=3000, temperature=0.1, epsilon=0.05, iterations=3,
+                 queue=3840, queue_from_epoch=15, freeze_prototypes=5005, **common):
+        super().__init__(backbone, **common)
+        self.projector = mlp(self.backbone.feature_dim, hidden, dim, bias=True, last_bias=True)
+        self.prototypes = nn.Linear(dim, prototypes, bias=False)
+        self.temperature, self.epsilon, self.iterations = temperature, epsilon, iterations
+        self.queue_from_step, self.freeze_prototypes = queue_from_epoch * self.steps_per_epoch, freeze_prototypes
+        self.register_buffer('queue', torch.zeros(2, queue, dim))
+        self.queue_is_full = [False, False]  # read from the queue until it is: a GPU has to be waited for
+
+    @torch.no_grad()
+    def before_step(self, step):
+        self.prototypes.weight.copy_(F.normalize(self.prototypes.weight, dim=1))
+
+    def frozen(self, step):
+        return self.prototypes.parameters() if step < self.freeze_prototypes else ()
+
+    @torch.no_grad()
+    def codes(self, crop, z, scores, step):
+        """Codes (B, K) of large crop 0 or 1 with projections z (B, D) and scores (B, K); z joins the queue."""
+        queue, rows = self.queue[crop], scores
+        if len(queue) and step >= self.queue_from_step:
+            self.queue_is_full[crop] = self.queue_is_full[crop] or bool(queue[-1].any())
+            if self.queue_is_full[crop]:
+                share = len(queue) // world_size()
+                rows = torch.cat([self.prototypes(queue[rank() * share:(rank() + 1) * share]), scores])
+            queue.copy_(torch.cat([gather(z), queue])[:len(queue)])
+        return sinkhorn(rows, self.epsilon, self.iterations)[-len(scores):]
+
+    def forward(self, views, step, look=False):
+        """views: two large crops, the pair, and any number of small ones. See Method."""
+        features = [self.features(torch.cat(list(crops))) for _, crops in groupby(views, lambda view: view.shape[-1])]
+        z = F.normalize(self.projector(torch.cat(features)).float(), dim=1)
+        with torch.autocast(z.device.type, enabled=False):  # divided by 0.05: bf16 would show
+            scores, loss = self.prototypes(z).chunk(len(views)), 0
+            for crop in (0, 1):
+                codes = self.codes(crop, z.chunk(len(views))[crop], scores[crop], step)
+                terms = [swapped_prediction(other, codes, self.temperature)
+                         for k, other in enumerate(scores) if k != crop]
+                loss = loss + sum(terms) / len(terms) / 2
+        return loss, loss.new_zeros(()), self.figures(z[:len(views[0])], scores[0]) if look else {}
+
+    @torch.no_grad()
+    def figures(self, z, scores):
+        """assignment_entropy: of the shares of the global batch whose nearest prototype is k, relative to the largest
+        possible one; 0 when one prototype has all samples."""
+        nearest, prototypes = gather(scores.argmax(1)), scores.shape[1]
+        share = torch.bincount(nearest, minlength=prototypes) / len(nearest)
+        entropy = torch.special.entr(share).sum() / math.log(min(prototypes, len(nearest)))
+        return {'assignment_entropy': entropy, 'feature_std': feature_std(z)}
+
+
+class SimCLR(Method):
+    """SimCLR (Chen et al. 2020), after google-research/simclr: NT-Xent over all views of the global batch, with
+    gradient to all of them.
+
+    Both views share a pass and so batch norm statistics. Projector: hidden layers as wide as the features, no bias,
+    normal initialisation of std 0.01, batch norm without shift at its end (norm=False: Linear with bias, ReLU, Linear,
+    as COP-Gen's code); the backbone is initialised as torchvision does. Loss: sum of the two directions as in the official code (paper and SupConLoss: their mean).
+    Zero residuals at the start. Batch norm over the global batch."""
+    zero_init_residual = True
+
+    def __init__(self, backbone, dim=128, layers=2, norm=True, temperature=0.1, **common):
+        super().__init__(backbone, **common)
+        sizes, self.temperature = [self.backbone.feature_dim] * layers + [dim], temperature
+        if norm:
+            self.projector = mlp(*sizes).append(nn.BatchNorm1d(dim))
+            self.projector[-1].bias.requires_grad_(False)
+            for layer in self.projector:
+                if isinstance(layer, nn.Linear):
+                    nn.init.normal_(layer.weight, std=0.01)
+        else:
+            hidden = [(nn.Linear(a, b), nn.ReLU(inplace=True)) for a, b in zip(sizes, sizes[1:-1])]
+            self.projector = nn.Sequential(*sum(hidden, ()), nn.Linear(*sizes[-2:]))
+
+    def forward(self, views, step, look=False):
+        """views: the pair. See Method."""
+        z1, z2 = F.normalize(self.projector(self.features(torch.cat(views))).float(), dim=1).chunk(2)
+        loss = 2 * nt_xent(z1, z2, self.temperature)
+        figures = {'contrastive_top1': batch_top1(z1, z2), 'feature_std': feature_std(z1)} if look else {}
+        return loss, loss.new_zeros(()), figures
+
+
+class VICReg(Method):
+    """VICReg (Bardes et al. 2022), after facebookresearch/vicreg: like projections of the two views (invariance), with
+    spread in every dimension (variance) and little correlation between them (covariance).
+
+    The weights of the pairs act on the invariance; variance and covariance are of the global batch and come as `extra`.
+    Expander: two hidden layers with bias and batch norm, Linear without bias. Zero residuals at the start.
+    SyncBatchNorm."""
+    zero_init_residual = True
+
+    def __init__(self, backbone, dim=8192, hidden=8192, invariance=25.0, variance=25.0, covariance=1.0, **common):
+        super().__init__(backbone, **common)
+        self.projector = mlp(self.backbone.feature_dim, hidden, hidden, dim, bias=True)
+        self.invariance, self.variance, self.covariance = invariance, variance, covariance
+
+    def forward(self, views, step, look=False):
+        """views: the pair. See Method."""
+        z1, z2 = (self.projector(self.features(v)) for v in views)
+        invariance, variance, covariance = vicreg(z1, z2)
+        extra = self.variance * variance + self.covariance * covariance
+        return self.invariance * invariance, extra, {'feature_std': feature_std(z1)} if look else {}
+
+
+METHODS = {'mocov2': MoCoV2, 'mocov3': MoCoV3, 'byol': BYOL, 'simsiam': SimSiam, 'swav': SwAV, 'simclr': SimCLR,
+           'vicreg': VICReg}
+
+
+# ---------------------------------------------------------------------------------------------------
+# Frozen features and kNN
+
+class Encoder:
+    """Frozen backbone with its normalisation: uint8 (B, 3, S, S) -> float32 features (B, D)."""
+
+    def __init__(self, backbone, mean, std, device, dtype):
+        self.backbone = backbone.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        self.mean, self.std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (mean, std))
+        self.device, self.dtype = device, dtype
+
+    @torch.no_grad()
+    def __call__(self, images):
+        images = normalize(images.to(self.device, non_blocking=True), self.mean, self.std)
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            return self.backbone(images).float()
+
+
+def all_features(loader_of, n, encoder, processes, what):
+    """Features (N, D) and labels (N,) of n images, in their order, on the CPU of every process.
+
+    loader_of: function of positions (an array, not empty) -> PairLoader over them, in order and with the last batch.
+    Each process encodes every world-th image: none is encoded twice, whatever n is. Half precision is kept as such."""
+    mine = np.arange(processes.rank, n, processes.world)
+    features, labels = [], []
+    if len(mine):
+        loader = loader_of(mine)
+        for batch in tqdm(loader.epoch(0), what, len(loader), disable=None if processes.main else True):
+            features.append(encoder(batch['views'][0]).cpu())
+            labels.append(batch['label'])
+    width = encoder.backbone.feature_dim
+    features, labels = torch.cat([torch.empty(0, width), *features]), torch.cat([torch.empty(0).long(), *labels])
+    if encoder.dtype != torch.float32:
+        features = features.half()  # computed in half precision: nothing is lost, and ImageNet's fit in memory
+    share = -(-n // processes.world)  # the last processes may have one less: padded to travel, cut off again
+    features = F.pad(features, (0, 0, 0, share - len(features))).to(processes.device)
+    labels = F.pad(labels, (0, share - len(labels))).to(processes.device)
+    features, labels = (gather(t).view(processes.world, share, *t.shape[1:]).transpose(0, 1).flatten(0, 1)[:n].cpu()
+                        for t in (features, labels))
+    return features, labels
+
+
+def hits(scores, labels):
+    """How many rows of scores (B, C) have their label (B,) first, and among the first five: tensor (2,)."""
+    best = scores.topk(min(5, scores.shape[1]), dim=1).indices == labels[:, None]
+    return torch.stack([best[:, 0].sum(), best.any(1).sum()]).double()
+
+
+def percent(counts, n, processes):
+    """Hits (2,) of this process's share of n images -> top-1 and top-5 in percent over all processes."""
+    if dist.is_initialized():
+        counts = counts.to(processes.device)
+        dist.all_reduce(counts)
+    return [round(v, 3) for v in (100 * counts / n).tolist()]
+
+
+def knn_accuracy(train, train_labels, test, test_labels, classes, k, temperature, batch, processes):
+    """Weighted kNN (Wu et al. 2018): the k nearest by cosine vote with exp(cosine / temperature). [top-1, top-5]."""
+    device = processes.device
+    kept = train.dtype if device.type == 'cuda' else torch.float32  # ImageNet's features: 5 GB of a GPU, not 10
+    train = torch.cat([F.normalize(part.to(device).float(), dim=1).to(kept) for part in train.split(65536)])
+    train_labels = train_labels.to(device)
+    counts = torch.zeros(2, dtype=torch.double, device=device)
+    for chunk in torch.arange(processes.rank, len(test), processes.world).split(batch):
+        query = F.normalize(test[chunk].to(device).float(), dim=1)
+        cosines, nearest = (query.to(kept) @ train.T).float().topk(k, dim=1)
+        votes = torch.zeros(len(chunk), classes, device=device)
+        votes.scatter_add_(1, train_labels[nearest], (cosines / temperature).exp())
+        counts += hits(votes, test_labels[chunk].to(device))
+    return percent(counts, len(test), processes)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -319,16 +834,35 @@ def _part(key):
     return f"{first}.{rest.partition('.')[0]}" if first == 'module' else first
 
 
+def _fill(module, state, info, path, note):
+    """The module with the weights of `state`, every one of them, and what load_backbone says of it."""
+    expected, text = module.state_dict(), describe(info)[1]
+    missing = {k for k in expected if k not in state and not k.endswith('num_batches_tracked')}  # absent in old files
+    unexpected = set(state) - set(expected)
+    shapes = [f'{k} {tuple(state[k].shape)} for {tuple(v.shape)}' for k, v in expected.items()
+              if k in state and state[k].shape != v.shape]
+    problems = [f'{what} {_names(keys)}' for what, keys in
+                (('missing', missing), ('unexpected', unexpected), ('of another shape', shapes)) if keys]
+    if problems:
+        raise Fail(f'{path}: not a {text}: ' + '; '.join(problems))
+    module.load_state_dict({k: state.get(k, v) for k, v in expected.items()})
+    return module.eval(), {**info, 'text': text, 'feature_dim': module.feature_dim, 'note': note}
+
+
 def load_backbone(path):
     """Backbone in evaluation mode and what is known of it, from our backbone.pt or a torchvision/timm state dict.
 
-    The state dict may stand under 'state_dict' or 'model', carry a prefix (module., backbone., encoder_q., ...) and a
-    classifier `fc`, which is left out. Returns (module, {'arch', 'stem', 'width', 'mean', 'std', 'image_size',
-    'feature_dim', 'note'}); mean, std and image_size are None in foreign files; note says what was left out.
-    Raises Fail that names missing and unexpected keys."""
+    A ResNet's state dict may stand under 'state_dict' or 'model', carry a prefix (module., backbone., encoder_q., ...)
+    and a classifier `fc`, which is left out; a ViT must be ours. Returns (module, {'arch', 'text', 'mean', 'std',
+    'image_size', 'feature_dim', 'note', and 'stem' and 'width' or 'patch_size'}); mean, std and image_size are None in
+    foreign files; text describes the network, note says what was left out. Raises Fail that names missing and
+    unexpected keys."""
     content = load_checkpoint(path)
-    info = {k: content.get(k) for k in ('arch', 'stem', 'width', 'mean', 'std', 'image_size')}
+    info = {k: content.get(k) for k in ('arch', 'stem', 'width', 'patch_size', 'mean', 'std', 'image_size')}
     state = next((content[k] for k in ('state_dict', 'model') if isinstance(content.get(k), dict)), content)
+    if info['arch'] in VITS:
+        module = build_backbone(info['arch'], patch_size=info['patch_size'], image_size=info['image_size'])
+        return _fill(module, state, info, path, '')
     stems = [k for k, v in state.items() if k.endswith('conv1.weight') and torch.is_tensor(v) and v.dim() == 4
              and v.shape[1] == 3]
     stems = [k for k in stems if not any(n in k for n in MOMENTUM_NAMES)] or stems
@@ -342,18 +876,7 @@ def load_backbone(path):
     head = [k for k in state if k.startswith('fc.')]
     state = {k: v for k, v in state.items() if k not in head}
     info.update({} if info['arch'] else _guess_backbone(state, path))
-    module = build_backbone(info['arch'], info['stem'], info['width'])
-    expected = module.state_dict()
-    missing = {k for k in expected if k not in state and not k.endswith('num_batches_tracked')}  # absent in old files
-    unexpected = set(state) - set(expected)
-    shapes = [f'{k} {tuple(state[k].shape)} for {tuple(v.shape)}' for k, v in expected.items()
-              if k in state and state[k].shape != v.shape]
-    problems = [f'{what} {_names(keys)}' for what, keys in
-                (('missing', missing), ('unexpected', unexpected), ('of another shape', shapes)) if keys]
-    if problems:
-        raise Fail(f"{path}: not a {info['arch']} ({info['stem']} stem, width {info['width']}): " + '; '.join(problems))
-    module.load_state_dict({k: state.get(k, v) for k, v in expected.items()})
     notes = [text for text in (prefix and f"prefix '{prefix}' taken off",
                                head and f'classifier left out ({_names(head)})',
                                outside and f'left out: {_names({_part(k) for k in outside})}') if text]
-    return module.eval(), {**info, 'feature_dim': module.feature_dim, 'note': '; '.join(notes)}
+    return _fill(build_backbone(info['arch'], info['stem'], info['width']), state, info, path, '; '.join(notes))

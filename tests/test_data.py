@@ -258,7 +258,7 @@ def test_disk_full_is_one_error_and_leaves_nothing(tmp_path):
             data.write_beton(sys.argv[1], lambda i: (pixels, None, 0, i, -1), 2000, {})
         except data.DataError as e:
             print(e)''', tmp_path / 'b.beton')
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=600)
     assert out.count('\n') == 1 and 'cannot be written: File too large' in out and str(tmp_path) in out, out + err
     assert os.listdir(tmp_path) == []
 
@@ -521,15 +521,117 @@ def test_alpha_and_swap(raw):
     assert len({tuple(x.tolist()) for x in both.view(20, 48)}) == 20     # anew every epoch
 
 
-def test_the_synthetic_view_is_where_the_batch_says(tmp_path):
-    write_beton(tmp_path / 'b', lambda i: (np.full((9, 9, 3), 10, np.uint8),
-                np.full((9, 9, 3), 200, np.uint8), 0, i, 0), 64, {})
-    loader = PairLoader(tmp_path / 'b', [{'size': 4, 'crop_scale': [0.5, 1]}]
-                        * 4, alpha=0.7, batch_size=64, seed=0, num_workers=2)
-    batch = next(loader.epoch(0))
-    for v, view in enumerate(batch['views']):
-        want = torch.where(batch['synthetic'] == v, 200, 10)[:, None, None, None]
+@pytest.mark.parametrize('swap', ['random', 'first', 'second'])
+def test_the_synthetic_view_is_where_the_batch_says_and_small_crops_take_turns(tmp_path, swap):
+    write_beton(tmp_path / 'b', lambda i: (np.full((9, 9, 3), 10, np.uint8), None if i % 8 == 3 else
+                np.full((9, 9, 3), 200, np.uint8), 0, i, -1 if i % 8 == 3 else 0), 64, {})
+    views = [{'size': 8, 'crop_scale': [0.5, 1]}] * 2 + [{'size': 3, 'crop_scale': [0.1, 0.5]}] * 6
+    batch = next(PairLoader(tmp_path / 'b', views, alpha=0.7, swap=swap, batch_size=64, seed=0, num_workers=2).epoch(0))
+    assert [v.shape[-1] for v in batch['views']] == [8] * 2 + [3] * 6
+    assert set(batch['synthetic'].tolist()) == {'random': {-1, 0, 1}, 'first': {-1, 0}, 'second': {-1, 1}}[swap]
+    for v, view in enumerate(batch['views']):            # 2, 4, 6 come from the image of view 0, the others of view 1
+        want = torch.where(batch['synthetic'] == v % 2, 200, 10)[:, None, None, None]
         assert (view == want).all()
+
+
+def test_every_small_crop_is_another_one(raw):
+    crop = {'size': 8, 'crop_scale': [0.05, 0.14]}
+    batch = next(PairLoader(raw, [FULL, FULL] + [crop] * 6, alpha=0, batch_size=60, seed=0, num_workers=2).epoch(0))
+    same = [(a[k] == b[k]).all().item() for i, a in enumerate(batch['views'][2:]) for b in batch['views'][2:2 + i]
+            for k in range(60)]
+    assert len(same) == 15 * 60 and not any(same)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several betons as one training set
+
+@pytest.fixture(scope='module')
+def extra(tmp_path_factory):
+    """10 further JPEG samples whose `index` collides with that of `raw`; larger, every second one without a view."""
+    path = tmp_path_factory.mktemp('extra') / 'extra.beton'
+    write_beton(path, lambda i: (picture(500 + i, 60, 50), None if i % 2 else picture(600 + i, 33, 70), 100 + i, 10 * i,
+                                 -1 if i % 2 else 300), 10, {}, mode='jpg', quality=95)
+    return path
+
+
+def by_label(loader, *args):
+    """The views as bytes per (index, from the extra beton); for batches of one sample."""
+    return {(int(i), int(label) >= 100): pixels for batch in loader.epoch(*args)
+            for i, label, pixels in zip(batch['index'], batch['label'], flat(batch).values())}
+
+
+def test_several_betons_are_one_set(raw, extra):
+    base = dict(views=[FULL, FULL, {**FULL, 'size': 16}], seed=5, num_workers=2, drop_last=False)
+    both, first = (PairLoader(p, batch_size=1, **base) for p in ([str(raw), extra], raw))
+    sides = open_beton(raw), open_beton(extra)
+    assert {k: both.sidecar[k] for k in ('samples', 'with_view', 'max_resolution')} == \
+        {'samples': 70, 'with_view': 48 + 5, 'max_resolution': 70}
+    assert both.sidecar['bytes'] == sides[0]['bytes'] + sides[1]['bytes']
+    assert both.sidecar['crc32'] == sides[0]['crc32'] + sides[1]['crc32']
+    assert PairLoader([extra, raw], batch_size=1, **base).sidecar['crc32'] != both.sidecar['crc32']
+    got, alone = by_label(both, 2), by_label(first, 2)
+    assert len(both) == len(got) == 70 and len(alone) == 60
+    assert {k: v for k, v in got.items() if not k[1]} == alone               # the first beton as it is alone
+    ranks = [by_label(PairLoader([raw, extra], batch_size=1, rank=r, world=2, **base), 2) for r in (0, 1)]
+    assert len(ranks[0]) == len(ranks[1]) == 35 and ranks[0] | ranks[1] == got
+    order = [(int(b['index']), int(b['label'])) for b in both.epoch(2)]
+    assert order != sorted(order, key=lambda x: x[1] >= 100)                 # shuffled across the betons
+    one = PairLoader([raw], batch_size=1, **base)                            # a list of one is that one
+    assert one.sidecar == first.sidecar
+    assert all(flat(a) == flat(b) for a, b in zip(one.epoch(2), first.epoch(2)))
+
+
+def test_positions_run_over_all_betons_and_find_the_right_images(raw, extra):
+    loader = PairLoader([raw, extra], [{'size': 32}] * 2, swap='second', batch_size=4, seed=0, num_workers=1,
+                        shuffle=False, indices=[0, 59, 60, 69])
+    batch = next(loader.epoch(0))
+    assert batch['index'].tolist() == [0, 590, 0, 90] and batch['label'].tolist() == [0, 2, 100, 109]
+    assert batch['noise_level'].tolist() == [100, -1, 300, -1] and batch['synthetic'].tolist() == [1, -1, 1, -1]
+    pictures = [(sample(0)[0], sample(0)[1]), (sample(59)[0],) * 2, (picture(500, 60, 50), picture(600, 33, 70)),
+                (picture(509, 60, 50),) * 2]
+    for k, pair in enumerate(pictures):
+        for view, image in zip(batch['views'], pair):
+            want = np.asarray(F.center_crop(F.resize(Image.fromarray(image), 32), 32)).astype(int)
+            difference = abs(view[k].permute(1, 2, 0).numpy() - want)
+            assert difference.max() == 0 if k < 2 else difference.mean() < 12
+    with pytest.raises(DataError, match='positions from 0 to 69'):
+        PairLoader([raw, extra], [FULL], batch_size=1, seed=0, num_workers=1, indices=[70])
+
+
+def test_equal_indices_of_two_betons_draw_other_numbers(raw):
+    loader = PairLoader([raw, raw], [FULL, FULL], batch_size=120, seed=0, num_workers=2, shuffle=False)
+    batch = next(loader.epoch(0))
+    assert batch['index'][:60].tolist() == batch['index'][60:].tolist()
+    assert sum((view[:60] == view[60:]).flatten(1).all(1).sum() for view in batch['views']) <= 1
+    assert (batch['synthetic'][:60] != batch['synthetic'][60:]).sum() > 10
+
+
+def test_what_is_wrong_with_one_of_several_betons_names_it(raw, copy):
+    def load():
+        return PairLoader([raw, copy], [FULL, FULL], batch_size=4, seed=0, num_workers=1)
+    assert load().sidecar['samples'] == 120
+    regions = data.Reader(str(copy)).alloc_table.reshape(60, 2)
+    with open(copy, 'r+b') as file:
+        file.seek(int(regions['ptr'][23, 0]) + 2)
+        file.write(bytes(40))
+    with pytest.raises(DataError, match='damaged') as damaged:
+        load()
+    reseal(copy)
+    with pytest.raises(DataError, match='`image` of the sample with index 230 is a JPEG that does not decode') as jpeg:
+        for _ in load().epoch(0):
+            pass
+    loader = load()
+    os.truncate(copy, 99_999)
+    with pytest.raises(DataError, match='when it was opened') as shorter:
+        loader.epoch(1)
+    copy.unlink()
+    with pytest.raises(DataError, match='does not exist') as missing:
+        load()
+    for e in (damaged, jpeg, shorter, missing):
+        assert str(copy) in str(e.value) and str(raw) not in str(e.value) and '\n' not in str(e.value)
+    for path in ([], [raw, None], None, [[raw]]):
+        with pytest.raises(DataError, match='path: .* is neither the name of a beton nor a list'):
+            PairLoader(path, [FULL], batch_size=4, seed=0, num_workers=1)
 
 
 def test_batches_are_never_overwritten(jpg):
@@ -664,7 +766,7 @@ def test_a_second_process_and_a_new_recipe_compile_nothing(jpg):
         loader = data.PairLoader(sys.argv[1], views, swap='first', batch_size=5, seed=9, num_workers=3)
         print(len(list(loader.epoch(7))), len(data._render.stats.cache_hits), len(data._render.stats.cache_misses),
               len(data._permutation_keys.stats.cache_misses))''', jpg)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=600)
     assert out.split() == ['12', '1', '0', '0'], out + err
 
 

@@ -1,4 +1,4 @@
-"""pretrain.py: MoCo v2's mechanics, one process against two, resuming, quality weights, and what users get wrong."""
+"""pretrain.py: every method's run, torchrun, resuming, quality weights, the monitor, and what users get wrong."""
 import json
 import os
 import signal
@@ -10,11 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import save_file
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -22,11 +18,20 @@ sys.path.insert(0, str(ROOT))
 import pretrain  # noqa: E402
 from common import Fail, StopSignal, load_checkpoint, load_config  # noqa: E402
 from data import write_beton  # noqa: E402
-from loss import quality_weights  # noqa: E402
-from models import MoCo, SplitBatchNorm2d  # noqa: E402
+from models import METHODS, VITS, load_backbone  # noqa: E402
 
 ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1'}
-SMALL = {'arch': 'resnet18', 'stem': 'cifar', 'width': 8}
+# Small settings of every method, with as many of the options on as can be. Batch 16 of 64 images.
+METHOD = {
+    'mocov2': ('moco.symmetric=true', 'accumulate=2'),
+    'mocov3': ('mocov3.dim=16', 'mocov3.hidden=32', 'backbone.arch=vit_small', 'backbone.patch_size=8',
+               'optimizer.name=adamw', 'optimizer.lr=0.001', 'optimizer.clip_grad=1'),
+    'byol': ('byol.dim=16', 'byol.hidden=32', 'byol.momentum=0.9', 'optimizer.name=lars', 'optimizer.warmup_epochs=1'),
+    'simsiam': ('simsiam.dim=32', 'simsiam.hidden=16', 'accumulate=2'),
+    'swav': ('swav.dim=16', 'swav.hidden=32', 'swav.prototypes=12', 'swav.queue=32', 'swav.queue_from_epoch=0',
+             'swav.freeze_prototypes=2', 'small_crops.count=2', 'small_crops.size=12', 'optimizer.name=lars'),
+    'simclr': ('simclr.dim=16', 'optimizer.name=lars'),
+    'vicreg': ('vicreg.dim=32', 'vicreg.hidden=32', 'optimizer.name=lars')}
 pytestmark = pytest.mark.usefixtures('one_thread')
 
 
@@ -104,139 +109,112 @@ def assert_equal(a, b):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Mechanics of MoCo v2
+# Runs
 
-def views(n, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(0, 256, (n, 3, 16, 16), dtype=torch.uint8, generator=generator) for _ in range(2)]
-
-
-def moco(**changes):
-    torch.manual_seed(0)
-    return MoCo(SMALL, **{'dim': 16, 'queue': 32, 'momentum': 0.9, 'bn_splits': 2, **changes})
-
-
-def test_split_batch_norm_is_one_batch_norm_per_part():
-    x = torch.randn(12, 5, 4, 4)
-    split = SplitBatchNorm2d(5, 3)
-    nn.init.uniform_(split.weight)
-    parts = [nn.BatchNorm2d(5) for _ in range(3)]
-    for part in parts:
-        part.load_state_dict(split.state_dict())
-    expected = torch.cat([part(chunk) for part, chunk in zip(parts, x.chunk(3))])
-    assert torch.allclose(split(x), expected, atol=1e-6)
-    for name in ('running_mean', 'running_var'):
-        assert torch.allclose(getattr(split, name), sum(getattr(p, name) for p in parts) / 3, atol=1e-6)
-    assert split.num_batches_tracked == 1
-    plain = nn.BatchNorm2d(5)
-    plain.load_state_dict(split.state_dict())
-    assert torch.equal(split.eval()(x), plain.eval()(x))
-
-
-def test_shuffled_keys_come_back_in_order():
-    model, (images, _) = moco(), views(8)
-    model.eval()  # batch norm does not look at the neighbours: shuffling must not change anything
-    orders = [torch.arange(8), torch.tensor([3, 1, 7, 0, 2, 6, 5, 4])]
-    plain, shuffled = (model.keys(images, order) for order in orders)
-    assert torch.allclose(plain, shuffled, atol=1e-6)
-    model.train()
-    assert not torch.allclose(model.keys(images, orders[0]), model.keys(images, orders[1]), atol=1e-4)
-
-
-def test_queue_and_momentum_encoder():
-    model, (view_1, view_2) = moco(momentum=0.75), views(16)
-    assert torch.allclose(model.queue.norm(dim=1), torch.ones(32))
-    before = model.queue.clone()
-    slow = [p.clone() for p in model.momentum_backbone.parameters()]
-    with torch.no_grad():
-        for parameter in model.backbone.parameters():
-            parameter += 0.1
-    loss, figures = model(view_1, view_2, 0, look=True)
-    assert loss.shape == (16,) and 0 <= figures['contrastive_top1'] <= 1
-    for old, new, fast in zip(slow, model.momentum_backbone.parameters(), model.backbone.parameters()):
-        assert torch.allclose(new, 0.75 * old + 0.25 * fast, atol=1e-6) and not new.requires_grad
-    # buffers are the momentum encoder's own: it saw other images
-    assert not torch.equal(model.momentum_backbone.bn1.running_mean, model.backbone.bn1.running_mean)
-    assert model.queue_pointer == 16 and torch.equal(model.queue[16:], before[16:])
-    assert not torch.equal(model.queue[:16], before[:16])
-    assert torch.allclose(model.queue.norm(dim=1), torch.ones(32))
-    model(view_1, view_2, 1)
-    assert model.queue_pointer == 0
-    loss.mean().backward()  # after the queue has moved on
-    assert model.backbone.conv1.weight.grad.abs().sum() > 0
-
-
-def test_symmetric_loss_is_the_sum_of_both_directions():
-    view_1, view_2 = views(8)
-    both, model = moco(symmetric=True), moco()
-    loss = both(view_1, view_2, 0)[0]
-    model.update_momentum_encoder = both.update_momentum_encoder = lambda: None
-    queue = model.queue.clone()
-    first = model(view_1, view_2, 0)[0]
-    model.queue.copy_(queue)
-    assert torch.allclose(loss, first + model(view_2, view_1, 0)[0], atol=1e-5)
-    assert both.queue_pointer == 16
-
-
-def test_learning_rate_warms_up_and_falls_to_zero():
-    settings = {'lr': 0.5, 'warmup_epochs': 2}
+def test_learning_rate_warms_up_and_falls():
+    settings = {'lr': 0.5, 'final_lr': 0.0, 'warmup_epochs': 2}
     rates = [pretrain.learning_rate(step, 5, 10, settings) for step in range(50)]
-    assert rates[0] == pytest.approx(0.05) and rates[9] == pytest.approx(0.5) and rates[10] == pytest.approx(0.5)
-    assert rates[30] == pytest.approx(0.25) and all(a >= b for a, b in zip(rates[9:], rates[10:])) and rates[-1] < 0.001
+    assert rates[0] == 0 and rates[9] == pytest.approx(0.45) and rates[10] == pytest.approx(0.5)
+    assert rates[30] == pytest.approx(0.25) and all(a > b for a, b in zip(rates[10:], rates[11:])) and rates[-1] < 0.001
+    assert pretrain.learning_rate(50, 5, 10, {**settings, 'final_lr': 0.1}) == pytest.approx(0.1)
 
 
-# ---------------------------------------------------------------------------------------------------
-# One process and two
+class StopAfter:
+    """In place of StopSignal: true when it is asked for the n-th time, which is at the end of step n."""
+    exit_code, name, steps = 143, 'SIGTERM', 3
 
-def _steps(rank, world, folder):
-    """Loss, gradient, queue and running statistics of one weighted step on the same global batch of 16."""
-    torch.set_num_threads(1)
-    if world > 1:
-        dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=world)
-    for symmetric in (False, True):
-        _one_step(rank, world, symmetric, f'{folder}/{symmetric}.{world}.{rank}')
-    if world > 1:
-        dist.destroy_process_group()
+    def __init__(self):
+        self.asked = 0
+
+    def __bool__(self):
+        self.asked += 1
+        return self.asked >= self.steps
 
 
-def _one_step(rank, world, symmetric, path):
-    model = moco(symmetric=symmetric)
-    mine = slice(rank * 16 // world, (rank + 1) * 16 // world)
-    view_1, view_2 = (v[mine] for v in views(16))
-    quality = torch.linspace(-1, 1, 16)[mine]
-    wrapped = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
-    loss = (wrapped(view_1, view_2, 7)[0] * quality_weights(quality)).mean()
-    loss.backward()
-    pretrain.average_running_statistics(model)
-    total = pretrain.global_mean(loss.detach().clone())
-    torch.save({'loss': total, 'buffers': dict(model.named_buffers()),
-                'gradients': {k: p.grad for k, p in model.named_parameters() if p.grad is not None}}, path)
+@pytest.mark.parametrize('method', METHODS)
+def test_every_method_trains_and_resumes_bit_exactly(workplace, tmp_path, monkeypatch, method):
+    """Two epochs of 4 steps at once, and with a break in the middle of the first (queues, momenta, frozen parts)."""
+    monkeypatch.setitem(VITS, 'vit_small', 48)
+    changes = [f'method={method}', *METHOD[method], 'epochs=2']
+    pretrain.main(config_of(workplace, *changes, f'output={tmp_path}/once'))
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(pretrain, 'StopSignal', StopAfter)
+        pretrain.main(config_of(workplace, *changes, f'output={tmp_path}/twice'))
+    assert load_checkpoint(tmp_path / 'twice/checkpoint.pt')['step'] == 3
+    pretrain.main(config_of(workplace, *changes, f'output={tmp_path}/twice'))
+    assert_same_run(tmp_path / 'once', tmp_path / 'twice', steps=8)
+    log = lines(tmp_path / 'once')
+    assert all(np.isfinite(line['loss']) and 0.05 < line['feature_std_ratio'] < 1.5 for line in log)
+    assert {'contrastive_top1', 'assignment_entropy'} & set(log[0]) == {
+        'mocov2': {'contrastive_top1'}, 'mocov3': {'contrastive_top1'}, 'simclr': {'contrastive_top1'},
+        'swav': {'assignment_entropy'}}.get(method, set())
+    module, info = load_backbone(tmp_path / 'once/backbone.pt')
+    first = load_backbone(tmp_path / 'once/backbone_init.pt')[0].state_dict()
+    assert module.feature_dim == info['feature_dim'] and info['image_size'] == 16
+    moved = {key for key, value in module.state_dict().items() if not torch.equal(value, first[key])}
+    assert moved and not moved & {'pos_embed', 'patch_embed.proj.weight'}
 
 
-@pytest.fixture(scope='module')
-def steps(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('steps')
-    _steps(0, 1, folder)
-    mp.spawn(_steps, (2, folder), nprocs=2)
-    return folder
+def test_several_betons_are_one_training_set(workplace, tmp_path):
+    extra = np.random.default_rng(1).integers(0, 256, (16, 16, 16, 3), np.uint8)
+    write_beton(tmp_path / 'extra.beton', lambda i: (extra[i], None, 0, i, -1), 16, {})
+    betons = f'data.beton=[{workplace}/pairs.beton, {tmp_path}/extra.beton]'
+    pretrain.main(config_of(workplace, betons, f'output={tmp_path}/out'))
+    assert len(lines(tmp_path / 'out')) == 5               # 80 images in batches of 16
+    with pytest.raises(Fail, match='another content of data.beton'):
+        betons = f'data.beton=[{workplace}/pairs.beton, {workplace}/pairs.beton]'
+        path = tmp_path / 'out/checkpoint.pt'
+        state = load_checkpoint(path)
+        state['config']['data']['beton'], state['epoch'] = [f'{workplace}/pairs.beton'] * 2, 0
+        torch.save(state, path)
+        pretrain.main(config_of(workplace, betons, f'output={tmp_path}/out'))
 
 
-@pytest.mark.parametrize('symmetric', [False, True])
-def test_two_processes_make_the_step_of_one(steps, symmetric):
-    """Batch norm groups, shuffling between them, queue, quality weights and DDP's mean: all of the global batch."""
-    one, two, other = (torch.load(steps / f'{symmetric}.{name}', weights_only=True) for name in ('1.0', '2.0', '2.1'))
-    assert one['loss'] == pytest.approx(two['loss'], rel=1e-5)
-    assert torch.equal(two['buffers']['queue'], other['buffers']['queue'])  # queues never drift apart
-    for kind in ('gradients', 'buffers'):
-        assert one[kind].keys() == two[kind].keys()
-        for key, value in one[kind].items():
-            scale = value.abs().max().item() + 1e-6
-            assert torch.allclose(value, two[kind][key], rtol=1e-4, atol=1e-4 * scale), key
+def test_monitor_writes_the_accuracy_and_leaves_the_run_alone(workplace, tmp_path):
+    beton = workplace / 'pairs.beton'
+    knn = ('knn.every=1', f'knn.train_beton={beton}', f'knn.test_beton={beton}', 'knn.k=1')
+    for name, changes in (('off', ()), ('on', knn)):
+        pretrain.main(config_of(workplace, 'epochs=2', *changes, f'output={tmp_path}/{name}'))
+    found = [json.loads(text) for text in (tmp_path / 'on/log.jsonl').read_text().splitlines()]
+    found = [(line['step'], line['knn_accuracy']) for line in found if 'knn_accuracy' in line]
+    assert found == [(4, 1.0), (8, 1.0)]                   # the nearest of the very same images is the image itself
+    assert_equal(*(load_checkpoint(tmp_path / name / 'backbone.pt') for name in ('off', 'on')))
+    # killed between saving the last epoch and its figure
+    text = (tmp_path / 'on/log.jsonl').read_text().splitlines(keepends=True)
+    (tmp_path / 'on/log.jsonl').write_text(''.join(line for line in text if '"step": 8, "knn' not in line))
+    (tmp_path / 'on/backbone.pt').unlink()
+    for _ in range(2):
+        pretrain.main(config_of(workplace, 'epochs=2', *knn, f'output={tmp_path}/on'))
+        assert (tmp_path / 'on/log.jsonl').read_text().count('"step": 8, "knn_accuracy": 1.0') == 1
+
+
+def test_collapse_is_shown(workplace, tmp_path, capsys):
+    grey = np.full((16, 16, 3), 128, np.uint8)
+    write_beton(tmp_path / 'grey.beton', lambda i: (grey, None, 0, i, -1), 32, {})
+    for method, expected in (('simsiam', True), ('swav', True)):
+        pretrain.main(config_of(workplace, f'method={method}', *METHOD[method], f'data.beton={tmp_path}/grey.beton',
+                                f'output={tmp_path}/{method}', 'view_1.jitter_prob=0', 'view_2.jitter_prob=0',
+                                'view_1.solarize_prob=0', 'view_2.solarize_prob=0'))
+        line = lines(tmp_path / method)[0]
+        assert line['feature_std_ratio'] < 0.01 and line.get('assignment_entropy', 0) == 0
+        assert 'COLLAPSED' in capsys.readouterr().out
+
+
+def test_compiled_backbone_saves_the_same_names(workplace, tmp_path, monkeypatch):
+    compile_ = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, 'compile', lambda self: compile_(self, backend='eager'))  # no C++ compiler
+    for value in ('false', 'true'):
+        pretrain.main(config_of(workplace, f'compile={value}', f'output={tmp_path}/{value}'))
+    plain, compiled = (load_checkpoint(tmp_path / value / 'checkpoint.pt') for value in ('false', 'true'))
+    assert plain['model'].keys() == compiled['model'].keys()
+    for key, value in plain['model'].items():
+        assert torch.allclose(value.float(), compiled['model'][key].float(), atol=1e-4), key
 
 
 def test_torchrun_trains_as_one_process(workplace, tmp_path):
     """The whole stage with its loader. Rounding grows from step to step, so the first ones are compared."""
-    changes = ['quality.enabled=true', f'quality.clip.model={workplace}/clip', f'quality.pc={workplace}/fg.npz']
+    changes = ['quality.enabled=true', f'quality.clip.model={workplace}/clip', f'quality.pc={workplace}/fg.npz',
+               'accumulate=2']
     pretrain.main(config_of(workplace, *changes, f'output={tmp_path}/one'))
     launcher = (sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2')
     result = subprocess.run(command(workplace, *changes, f'output={tmp_path}/two', launcher=launcher),
@@ -247,6 +225,26 @@ def test_torchrun_trains_as_one_process(workplace, tmp_path):
     assert [a['loss'] for a in one[:2]] == pytest.approx([a['loss'] for a in two[:2]], rel=1e-4)
     assert len(load_checkpoint(tmp_path / 'two/checkpoint.pt')['random']) == 2
     assert (tmp_path / 'two/backbone.pt').is_file() and (tmp_path / 'two/loss.png').is_file()
+
+
+def test_two_processes_go_on_where_one_stopped(workplace, tmp_path, monkeypatch):
+    """SwAV's queue, prototypes and small crops, synchronised batch norm, the monitor."""
+    changes = ('method=swav', *METHOD['swav'], 'knn.every=1', f'knn.train_beton={workplace}/pairs.beton', 'knn.k=1',
+               f'knn.test_beton={workplace}/pairs.beton')
+    pretrain.main(config_of(workplace, *changes, f'output={tmp_path}/one'))
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(pretrain, 'StopSignal', StopAfter)
+        pretrain.main(config_of(workplace, *changes, f'output={tmp_path}/two'))
+    launcher = (sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2')
+    result = subprocess.run(command(workplace, *changes, f'output={tmp_path}/two', launcher=launcher),
+                            env=ENVIRONMENT, capture_output=True, text=True, timeout=900)
+    assert result.returncode == 0 and 'resumed at step 3' in result.stdout, result.stderr
+    one, two = lines(tmp_path / 'one'), lines(tmp_path / 'two')
+    assert [line['step'] for line in two] == [1, 2, 3, 4]
+    assert [line['loss'] for line in one] == pytest.approx([line['loss'] for line in two], rel=1e-4)
+    a, b = (load_checkpoint(tmp_path / name / 'checkpoint.pt')['model'] for name in ('one', 'two'))
+    assert torch.allclose(a['queue'], b['queue'], atol=1e-3) and a['queue'][:, -1].any()
+    assert '"knn_accuracy": 1.0' in (tmp_path / 'two/log.jsonl').read_text()
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -261,13 +259,13 @@ def uninterrupted(workplace):
     return workplace / 'uninterrupted'
 
 
-def assert_same_run(a, b):
+def assert_same_run(a, b, steps=24):
     first, second = (load_checkpoint(folder / 'checkpoint.pt') for folder in (a, b))
     assert first.pop('config')['seed'] == second.pop('config')['seed']
     assert_equal(first, second)
     assert_equal(*(load_checkpoint(folder / 'backbone.pt') for folder in (a, b)))
     losses = [{line['step']: line['loss'] for line in lines(folder)} for folder in (a, b)]
-    assert losses[0] == losses[1] and len(losses[0]) == 24
+    assert losses[0] == losses[1] and len(losses[0]) == steps
 
 
 def test_killed_run_resumes_bit_exactly(workplace, uninterrupted, tmp_path):
@@ -283,23 +281,50 @@ def test_killed_run_resumes_bit_exactly(workplace, uninterrupted, tmp_path):
     assert_same_run(uninterrupted, tmp_path)
 
 
-def test_signals_save_and_leave(workplace, uninterrupted, tmp_path):
-    call = command(workplace, *LONG, f'output={tmp_path}', 'save_every_epochs=1000')
+def signalled(call, number, folder, environment):
+    """Start, send the signal after a logged step, wait: exit code, output, errors."""
+    count = lambda: (folder / 'log.jsonl').exists() and (folder / 'log.jsonl').read_text().count('"loss"')  # noqa: E731
+    done, begin = count(), time.time()
+    process = subprocess.Popen(call, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and count() <= done and time.time() - begin < 900:
+        time.sleep(0.002)
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=900)
+    return process.returncode, output, errors
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """Environment of a Slurm job whose scontrol writes its arguments into a file."""
+    fake = tmp_path / 'bin/scontrol'
+    fake.parent.mkdir()
+    fake.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/scontrol.txt\n')
+    fake.chmod(0o755)
+    return {**ENVIRONMENT, 'SLURM_JOB_ID': '4711', 'PATH': f"{fake.parent}:{os.environ['PATH']}"}
+
+
+def test_signals_save_leave_and_requeue(workplace, uninterrupted, tmp_path, slurm):
+    """SIGUSR1, Slurm's warning, asks it for another turn; SIGTERM may be scancel and does not."""
+    call = command(workplace, *LONG, f'output={tmp_path}', 'save_every_epochs=1000', 'requeue=true')
     for number in (signal.SIGTERM, signal.SIGUSR1):
-        done = len(lines(tmp_path)) if (tmp_path / 'log.jsonl').exists() else 0
-        process = subprocess.Popen(call, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        begin = time.time()
-        while process.poll() is None and time.time() - begin < 900:
-            if (tmp_path / 'log.jsonl').exists() and (tmp_path / 'log.jsonl').read_text().count('"loss"') > done:
-                break
-            time.sleep(0.002)
-        process.send_signal(number)
-        output, errors = process.communicate(timeout=900)
-        assert process.returncode == StopSignal.exit_code, errors
+        code, output, errors = signalled(call, number, tmp_path, slurm)
+        assert code == StopSignal.exit_code, errors
         assert f'{number.name}: saved at step' in output and 'the same command resumes' in output
         assert not (tmp_path / 'backbone.pt').exists()
+        assert (tmp_path / 'scontrol.txt').exists() == ('job 4711 is requeued' in output) == (number == signal.SIGUSR1)
+    assert (tmp_path / 'scontrol.txt').read_text() == 'requeue 4711\n'
     pretrain.main(config_of(workplace, *LONG, f'output={tmp_path}', 'save_every_epochs=1000'))
     assert_same_run(uninterrupted, tmp_path)
+
+
+def test_torchrun_hands_the_signal_on(workplace, tmp_path, slurm):
+    """With the flags that the docstring names; one request to Slurm, not one per process."""
+    launcher = (sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2',
+                '--signals-to-handle', 'SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1', '--shutdown-timeout', '600')
+    call = command(workplace, *LONG, f'output={tmp_path}', 'save_every_epochs=1000', 'requeue=true', launcher=launcher)
+    code, output, errors = signalled(call, signal.SIGUSR1, tmp_path, slurm)
+    assert code and 'SIGUSR1: saved at step' in output, errors
+    assert (tmp_path / 'checkpoint.pt').exists() and (tmp_path / 'scontrol.txt').read_text() == 'requeue 4711\n'
 
 
 def test_changed_config_is_refused_and_finished_run_says_so(workplace, uninterrupted, capsys):
@@ -380,9 +405,43 @@ def test_divergence_before_the_first_checkpoint(workplace, tmp_path):
 # ---------------------------------------------------------------------------------------------------
 # What users get wrong
 
+def test_checkpoint_of_another_method_is_refused(workplace, uninterrupted):
+    with pytest.raises(Fail, match=r"made with another config: method \(was 'mocov2', now 'byol'\)"):
+        pretrain.main(config_of(workplace, *LONG, f'output={uninterrupted}', 'method=byol'))
+    pretrain.main(config_of(workplace, *LONG, f'output={uninterrupted}', 'byol.dim=8'))  # not looked at: no matter
+
+
+def test_betons_with_other_fields_are_refused(workplace, tmp_path):
+    from ffcv.fields import IntField
+    from ffcv.writer import DatasetWriter
+    DatasetWriter(str(tmp_path / 'other.beton'), {'label': IntField()}, num_workers=1).from_indexed_dataset([(1,)] * 4)
+    sidecar = json.loads((workplace / 'pairs.beton.json').read_text())
+    path = tmp_path / 'other.beton'
+    path.with_name('other.beton.json').write_text(json.dumps(
+        {**sidecar, 'fields': ['label'], 'bytes': path.stat().st_size, 'crc32': [0]}))
+    with pytest.raises(ValueError, match='its fields are label, not image, view, label') as error:
+        pretrain.main(config_of(workplace, f'data.beton={path}', f'output={tmp_path}/out'))
+    assert '\n' not in str(error.value) and not (tmp_path / 'out').exists()
+
+
 @pytest.mark.parametrize('change, message', [
     ('moco.queue=100', 'moco.queue: 100 is not a multiple of the 16 keys of a step; 96 is'),
-    ('moco.bn_splits=3', 'moco.bn_splits: 3'), ('epochs=0', 'epochs: 0'), ('method=simclr', 'method: .simclr'),
+    ('moco.bn_splits=3', 'moco.bn_splits: 3'), ('epochs=0', 'epochs: 0'),
+    ('method=mocov', "method: 'mocov' is unknown; did you mean 'mocov[23]'"),
+    ('method=swav swav.queue=24', 'swav.queue: 24 is not a multiple of the 16 keys of a step; 32 is'),
+    ('method=simsiam simsiam.hidden=0', 'simsiam.hidden: 0'), ('method=byol byol.momentum=2', 'byol.momentum: 2'),
+    ('method=swav swav.epsilon=0', 'swav.epsilon: 0'), ('optimizer.name=adam', "optimizer.name: 'adam' .* 'adamw'"),
+    ('optimizer.clip_grad=-1', 'optimizer.clip_grad: -1'), ('small_crops.count=6', 'small_crops.count: mocov2 takes a'),
+    ('accumulate=3', 'batch_size: 16 .* not a multiple of the 1 processes x 3'), ('accumulate=0', 'accumulate: 0'),
+    ('accumulate=16 method=byol', 'batch_size: byol needs two samples'), ('knn.every=1', 'knn.train_beton: must name'),
+    ('knn.every=1 knn.train_beton=HERE knn.test_beton=HERE', 'knn.k: 200 neighbours out of 64'),
+    ('backbone.zero_init_residual=3', 'zero_init_residual: 3'), ('data.beton=[]', 'data.beton: must name'),
+    ('image_size=33', 'image_size: views of 33 px from stored images of 16 px .*: set image_size=16, or'),
+    ('backbone.arch=vit_small backbone.patch_size=7', 'patch_size: 7 pixels do not divide'),
+    ('backbone.arch=vit_tiny', 'backbone.arch: .vit_tiny'),
+    ('method=swav small_crops.count=2 swav.queue=16', 'small_crops.size: views of 96 px'),
+    ('method=swav small_crops.count=2 small_crops.size=12 swav.queue=16 backbone.arch=vit_small backbone.patch_size=8',
+     'small_crops.size: 12 is not a multiple of backbone.patch_size 8'),
     ('backbone.arch=resnet19', 'backbone.arch: .resnet19'), ('backbone.width=7', 'backbone.width: 7'),
     ('normalization=imagnet', 'normalization: .imagnet'), ('precision=fp8', 'precision: .fp8'),
     ('precision=fp16', 'needs a GPU'), ('output=', 'output: must name'), ('data.beton=', 'data.beton: must name'),
@@ -390,7 +449,8 @@ def test_divergence_before_the_first_checkpoint(workplace, tmp_path):
     ('data.beton=missing.beton', 'missing.beton'), ('data.alpha=2', 'alpha'), ('batch_size=128', 'batch'),
     ('view_1.crop_scale=[2,1]', 'crop_scale'), ('data.swap=both', 'swap'), ('quality.enabled=true', 'quality.pc')])
 def test_impossible_settings_leave_nothing_behind(workplace, tmp_path, change, message):
-    changes = [f'output={tmp_path}/out', 'moco.queue=128', change]
+    change = change.replace('HERE', f'{workplace}/pairs.beton')
+    changes = [f'output={tmp_path}/out', 'moco.queue=128', *change.split(' ')]
     with pytest.raises((Fail, ValueError), match=message) as error:
         pretrain.main(config_of(workplace, *changes))
     assert type(error.value).__name__ in ('Fail', 'DataError') and '\n' not in str(error.value)
@@ -403,11 +463,3 @@ def test_yaml_errors_are_one_line_and_exit_code_2(workplace):
     assert "unknown key 'optimiser'; did you mean 'optimizer'?" in result.stderr
     with pytest.raises(Fail, match="'epochs' must be int"):
         config_of(workplace, 'epochs=many')
-
-
-@pytest.mark.parametrize('path', sorted((ROOT / 'yamls/pretrain').glob('*.yaml')), ids=lambda p: p.name)
-def test_experiments_that_ship_are_valid(path):
-    config = load_config(pretrain.DEFAULTS, [str(path)])
-    for world in (1, 2, 4, 8):
-        pretrain.check(config, world)
-    pretrain.normalization(config['normalization'])
