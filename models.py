@@ -392,8 +392,9 @@ def follow(slow, fast, momentum):
 
 @torch.no_grad()
 def feature_std(features):
-    """Mean standard deviation of the L2-normalised features (B, D): 1/sqrt(D) on all of the sphere, 0 collapsed."""
-    return F.normalize(features.float(), dim=1).std(0).mean()
+    """Mean standard deviation of the L2-normalised features (B, D) of the global batch: 1/sqrt(D) when they are spread
+    over all of the sphere, 0 when they have collapsed."""
+    return gather(F.normalize(features.float(), dim=1)).std(0, correction=0).mean()
 
 
 @torch.no_grad()
@@ -512,7 +513,7 @@ class MoCoV2(Method):
         """query, key: (B, D). contrastive_top1: share of the queries whose own key is nearer than all of the queue."""
         with torch.autocast(query.device.type, enabled=False):
             nearest = (query * key).sum(1) > (query @ self.queue.T).amax(1)
-        return {'contrastive_top1': nearest.float().mean(), 'feature_std': query.std(0).mean()}
+        return {'contrastive_top1': nearest.float().mean(), 'feature_std': feature_std(query)}
 
 
 class MoCoV3(Method):
@@ -559,13 +560,14 @@ class BYOL(Method):
     view; no negatives.
 
     Projector and predictor: Linear with bias, batch norm, ReLU, Linear without bias, initialised as haiku does
-    (truncated normal of std 1/sqrt(inputs), bias 0); mmselfsup's have bias at the end too. The momentum network starts
-    from its own random draw (paper and mmselfsup: a copy) and follows after the optimizer's step, momentum to 1 on a
-    cosine. Bottleneck ResNets start with zero residuals. SyncBatchNorm. fix_predictor_lr: see SimSiam."""
-    zero_init_residual = True
+    (truncated normal of std 1/sqrt(inputs), bias 0); the backbone as torchvision does. The momentum network starts from
+    its own random draw (paper and mmselfsup: a copy) and follows after the optimizer's step, momentum to 1 on a cosine.
+    Bottleneck ResNets start with zero residuals (mmselfsup's, GenView's source: without), those of basic blocks do not.
+    SyncBatchNorm. fix_predictor_lr: see SimSiam."""
 
     def __init__(self, backbone, dim=256, hidden=4096, momentum=0.99, momentum_end=1.0, fix_predictor_lr=False,
                  **common):
+        self.zero_init_residual = BLOCKS.get(backbone['arch'], [None])[0] is Bottleneck
         super().__init__(backbone, **common)
         self.momentum, self.momentum_end, self.fix_predictor_lr = momentum, momentum_end, fix_predictor_lr
         self.projector, self.predictor, self.momentum_projector = (
@@ -629,17 +631,18 @@ class SwAV(Method):
     Crops of one size share a pass and so batch norm statistics. Projector: one hidden layer with batch norm. Prototypes
     are normalised before each step and learn after the first `freeze_prototypes`. queue (2, Q, D): projections of the
     last Q samples, from the epoch on that is named, in use once it is full; the global one on every process, so that a
-    run may change their number (official: a file per process). SyncBatchNorm."""
+    run may change their number (official: a file per process). SyncBatchNorm over the global batch (official: at batch
+    4096 over groups of 8 GPUs). No zero residuals at the start (mmselfsup's, GenView's source: with)."""
 
     def __init__(self, backbone, dim=128, hidden=2048, prototypes=3000, temperature=0.1, epsilon=0.05, iterations=3,
-                 queue=0, queue_from_epoch=15, freeze_prototypes=313, **common):
+                 queue=3840, queue_from_epoch=15, freeze_prototypes=5005, **common):
         super().__init__(backbone, **common)
         self.projector = mlp(self.backbone.feature_dim, hidden, dim, bias=True, last_bias=True)
         self.prototypes = nn.Linear(dim, prototypes, bias=False)
         self.temperature, self.epsilon, self.iterations = temperature, epsilon, iterations
         self.queue_from_step, self.freeze_prototypes = queue_from_epoch * self.steps_per_epoch, freeze_prototypes
         self.register_buffer('queue', torch.zeros(2, queue, dim))
-        self.queue_is_full = False  # read from the queue, once
+        self.queue_is_full = [False, False]  # read from the queue until it is: a GPU has to be waited for
 
     @torch.no_grad()
     def before_step(self, step):
@@ -653,8 +656,8 @@ class SwAV(Method):
         """Codes (B, K) of large crop 0 or 1 with projections z (B, D) and scores (B, K); z joins the queue."""
         queue, rows = self.queue[crop], scores
         if len(queue) and step >= self.queue_from_step:
-            self.queue_is_full = self.queue_is_full or bool(self.queue[:, -1].any())
-            if self.queue_is_full:
+            self.queue_is_full[crop] = self.queue_is_full[crop] or bool(queue[-1].any())
+            if self.queue_is_full[crop]:
                 share = len(queue) // world_size()
                 rows = torch.cat([self.prototypes(queue[rank() * share:(rank() + 1) * share]), scores])
             queue.copy_(torch.cat([gather(z), queue])[:len(queue)])
@@ -664,7 +667,7 @@ class SwAV(Method):
         """views: two large crops, the pair, and any number of small ones. See Method."""
         features = [self.features(torch.cat(list(crops))) for _, crops in groupby(views, lambda view: view.shape[-1])]
         z = F.normalize(self.projector(torch.cat(features)).float(), dim=1)
-        with torch.autocast(z.device.type, enabled=False):  # divided by 0.05: half precision would show
+        with torch.autocast(z.device.type, enabled=False):  # divided by 0.05: bf16 would show
             scores, loss = self.prototypes(z).chunk(len(views)), 0
             for crop in (0, 1):
                 codes = self.codes(crop, z.chunk(len(views))[crop], scores[crop], step)
@@ -689,7 +692,7 @@ class SimCLR(Method):
 
     Both views share a pass and so batch norm statistics. Projector: hidden layers as wide as the features, no bias,
     normal initialisation of std 0.01, batch norm without shift at its end (norm=False: Linear with bias, ReLU, Linear,
-    as COP-Gen's code). Loss: sum of the two directions as in the official code (paper and SupConLoss: their mean).
+    as COP-Gen's code); the backbone is initialised as torchvision does. Loss: sum of the two directions as in the official code (paper and SupConLoss: their mean).
     Zero residuals at the start. Batch norm over the global batch."""
     zero_init_residual = True
 

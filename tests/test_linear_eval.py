@@ -279,10 +279,3 @@ def test_impossible_settings_leave_nothing_behind(workplace, tmp_path, change, m
 def test_yaml_errors_are_one_line_and_exit_code_2(workplace):
     run = subprocess.run(command(workplace, 'linear.learning_rate=1'), capture_output=True, text=True, timeout=900)
     assert run.returncode == 2 and "unknown key 'linear.learning_rate'" in run.stderr and run.stderr.count('\n') == 1
-
-
-@pytest.mark.parametrize('path', sorted((ROOT / 'yamls/linear_eval').glob('*.yaml')), ids=lambda p: p.name)
-def test_experiments_that_ship_are_valid(path):
-    config = load_config(linear_eval.DEFAULTS, [str(path)])
-    for world in (1, 2, 4, 8):
-        linear_eval.check(config, world)
