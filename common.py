@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
@@ -253,9 +254,14 @@ def load_checkpoint(path):
             return load_file(path)
         return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:
+        names = re.findall(r'GLOBAL (\S+)', str(error))
+        with suppress(Exception):  # all of them, where the file is of a kind that can be searched
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(path) or names
+        if names:
+            raise Fail(f"{path}: holds objects of {', '.join(names)}, whose code would have to run to read it: load it "
+                       'where you trust it and save its state_dict alone') from None
         raise Fail(f'{path}: cannot be read as a checkpoint ({type(error).__name__}: '
-                   f"{str(error).splitlines()[0][:120]}); delete it to start again, or convert it to "
-                   'a plain state dict if it pickles objects') from None
+                   f'{str(error).splitlines()[0][:120]}); delete it to start again') from None
 
 
 def save_json(path, value):

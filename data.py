@@ -63,6 +63,8 @@ torch.set_num_threads(torch_threads)  # loading libffcv and what it links leaves
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+NORMALIZATIONS = {'clip': (CLIP_MEAN, CLIP_STD), 'imagenet': (IMAGENET_MEAN, IMAGENET_STD),
+                  'cifar10': (CIFAR_MEAN, CIFAR_STD)}
 
 
 class DataError(ValueError):
@@ -71,6 +73,21 @@ class DataError(ValueError):
 
 class BeingWritten(DataError):
     """Another process is writing this beton at the moment."""
+
+
+def normalization(spec, own=None):
+    """Mean and std, 3 floats each for values in [0, 1]. spec: a key of NORMALIZATIONS or [mean, std]; None: `own`
+    (mean, std) or, where that is not known, ImageNet's."""
+    if spec is None:
+        spec = own if own and own[0] else 'imagenet'
+    try:
+        mean, std = (tuple(map(float, v)) for v in (NORMALIZATIONS[spec] if isinstance(spec, str) else spec))
+        if len(mean) == len(std) == 3 and min(std) > 0:
+            return mean, std
+    except (KeyError, TypeError, ValueError):
+        pass
+    raise DataError(f"normalization: {spec!r} is none of {', '.join(NORMALIZATIONS)}, [[r, g, b], [r, g, b]] "
+                    '(mean, std > 0)')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -435,6 +452,29 @@ def _render(io, table, first, last, seed, epoch, alpha, swap, recipes, offsets, 
 CIFAR10_SHA256 = {'train': '67e12c2a5906880a4fe5595fe6d768185ad7ca587f35d3a7ece3c3b8b85035d2',
                   'test': 'e54a434ec35094516eacbaac0f2f9550358d985e9d1f71b47d41d333c15ba304'}  # images + int64 labels
 CIFAR_TRAIN_MEAN = {'CIFAR10': CIFAR_MEAN, 'CIFAR100': (0.5071, 0.4865, 0.4409)}
+# Sets whose protocol is not torchvision's `split`: training and validation images together, as usual for transfer since
+# Kornblith et al. 2019, and one name for test and val where there is only one.
+SPLITS = {'DTD': {'train': ('train', 'val')}, 'Flowers102': {'train': ('train', 'val')},
+          'OxfordIIITPet': {'train': ('trainval',), 'val': ('test',)}, 'FGVCAircraft': {'train': ('trainval',)},
+          'ImageNet': {'test': ('val',)}, 'Food101': {'val': ('test',)}, 'StanfordCars': {'val': ('test',)}}
+HOMES = {  # what to download, and what must then be in root
+    'CIFAR10': ('https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz', 'cifar-10-batches-py'),
+    'CIFAR100': ('https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz', 'cifar-100-python'),
+    'tiny-imagenet': ('http://cs231n.stanford.edu/tiny-imagenet-200.zip', 'tiny-imagenet-200/wnids.txt'),
+    'Food101': ('https://data.vision.ee.ethz.ch/cvl/food-101.tar.gz', 'food-101/images'),
+    'SUN397': ('http://vision.princeton.edu/projects/2010/SUN/SUN397.tar.gz', 'SUN397/ClassName.txt'),
+    'OxfordIIITPet': ('images.tar.gz and annotations.tar.gz of https://www.robots.ox.ac.uk/~vgg/data/pets/',
+                      'oxford-iiit-pet/images'),
+    'Caltech101': ('https://data.caltech.edu/records/mzrjq-6wc02', 'caltech101/101_ObjectCategories'),
+    'Flowers102': ('102flowers.tgz, imagelabels.mat, setid.mat of https://www.robots.ox.ac.uk/~vgg/data/flowers/102/',
+                   'flowers-102/jpg'),               # needs scipy; so does StanfordCars
+    'DTD': ('https://www.robots.ox.ac.uk/~vgg/data/dtd/download/dtd-r1.0.1.tar.gz', 'dtd/dtd/images'),
+    'StanfordCars': ('what https://github.com/pytorch/vision/issues/7545 lists (its home page is gone)',
+                     'stanford_cars/devkit'),
+    'FGVCAircraft': ('https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/archives/fgvc-aircraft-2013b.tar.gz',
+                     'fgvc-aircraft-2013b/data'),
+    'ImageNet': ('devkit and images of https://image-net.org/download (with class folders in train/ and val/ use name: '
+                 'folder)', 'ILSVRC2012_devkit_t12.tar.gz')}
 EXTENSIONS = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff', '.gif', '.ppm', '.pgm')
 
 
@@ -494,7 +534,9 @@ def source_dataset(spec):
     name      CIFAR10, CIFAR100, tiny-imagenet, any class of torchvision.datasets, or `folder`: one sub-folder per
               class, or images directly in the folder (then every label is -1)
     root      where it lies; a folder may hold its splits as root/train, root/val, ...
-    split     'train' | 'test' | 'val'; the last two mean the same where there is only one
+    split     'train' | 'test' | 'val', the official ones; the last two mean the same where there is only one. `train`
+              has the validation images too in DTD, Flowers102, OxfordIIITPet and FGVCAircraft; SUN397's first
+              partition; of Caltech101 30 images per class, always the same, the others for `test`
     download  fetch it into root when it is not there
     subset    null, or how many images: the first ones of every class, in the order of the full set"""
     known = {'name': None, 'root': 'datasets', 'split': 'train', 'download': False, 'subset': None}
@@ -509,17 +551,18 @@ def source_dataset(spec):
         if name in ('CIFAR10', 'CIFAR100'):
             images, labels, classes = _cifar(name, root, 'train' if split == 'train' else 'test', download)
             read = images.__getitem__
-        elif name in ('folder', 'tiny-imagenet'):
-            find = _folder if name == 'folder' else _tiny_imagenet
-            root, paths, labels, classes = find(root, split, download)
-            read = lambda k: Image.open(root / paths[k])
+        elif name in FINDERS:
+            home, paths, labels, classes = FINDERS[name](root, split, download)
+            read = lambda k: Image.open(home / paths[k])
         else:
             read, labels, classes, paths = _torchvision(name, root, split, download)
         return Source(name, read, labels, classes, paths, subset)
-    except DataError:
-        raise
     except Exception as e:                               # torchvision and the network: any type, often several lines
-        raise DataError(f'dataset {name} in {root}: {" ".join(str(e).split())}') from e
+        text = str(e) if isinstance(e, DataError) else f'dataset {name} in {root}: {" ".join(str(e).split())}'
+        source, there = HOMES.get(name, (None, ''))
+        if source and 'damaged' not in text and not (root / there).exists():
+            text += f'; by hand: unpack {source} so that there is {root / there}'
+        raise DataError(text) from e
     finally:
         socket.setdefaulttimeout(patience)
 
@@ -644,6 +687,44 @@ def _tiny_imagenet(root, split, download):
     return home, [f for f, _ in rows], [classes.index(c) for _, c in rows], classes
 
 
+def _sun397(root, split, download):
+    home = root / 'SUN397'
+    if download and not home.is_dir():
+        import torchvision.datasets
+        torchvision.datasets.SUN397(root, download=True)
+    if not (home / 'ClassName.txt').is_file():
+        raise DataError(f'SUN397 is not in {root} and `download` is false')
+    listed = home / f"{'Training' if split == 'train' else 'Testing'}_01.txt"
+    if not listed.is_file():
+        raise DataError(f'SUN397: {listed} is not there: unpack Partitions.zip of '
+                        f'https://vision.princeton.edu/projects/2010/SUN/ in {home}')
+    classes = [line.strip()[3:] for line in (home / 'ClassName.txt').read_text().splitlines()]     # /a/abbey
+    files = [line.strip().lstrip('/') for line in listed.read_text().splitlines() if line.strip()]
+    number = {name: k for k, name in enumerate(classes)}
+    return home, files, [number[file[2:].rpartition('/')[0]] for file in files], classes
+
+
+def _caltech101(root, split, download):
+    home = root / 'caltech101' / '101_ObjectCategories'
+    if download and not home.is_dir():
+        import torchvision.datasets
+        torchvision.datasets.Caltech101(root, download=True)
+    if not home.is_dir():                                # torchvision would leave an empty folder behind
+        raise DataError(f'Caltech101 is not in {root} and `download` is false')
+    classes = sorted(p.name for p in home.iterdir() if p.is_dir() and p.name != 'BACKGROUND_Google')
+    files, labels = [], []
+    for k, name in enumerate(classes):
+        images = sorted(p.name for p in (home / name).glob('*.jpg'))
+        order = np.argsort(_permutation_keys(0, k, len(images)), kind='stable')
+        chosen = np.sort(order[:30] if split == 'train' else order[30:])
+        files += [f'{name}/{images[i]}' for i in chosen]
+        labels += [k] * len(chosen)
+    return home, files, labels, classes
+
+
+FINDERS = {'folder': _folder, 'tiny-imagenet': _tiny_imagenet, 'SUN397': _sun397, 'Caltech101': _caltech101}
+
+
 def _torchvision(name, root, split, download):
     import torchvision.datasets
     kind = getattr(torchvision.datasets, str(name), None)
@@ -651,13 +732,23 @@ def _torchvision(name, root, split, download):
         near = difflib.get_close_matches(str(name), ['tiny-imagenet', 'folder', *torchvision.datasets.__all__], 1, 0.3)
         raise DataError(f'dataset: no dataset is named {name!r}' + (f', did you mean {near[0]!r}?' if near else ''))
     accepted = inspect.signature(kind.__init__).parameters
-    options = {'train': split == 'train', 'split': split, 'download': download}
-    found = kind(root, **{k: v for k, v in options.items() if k in accepted})
-    labels = next((getattr(found, k) for k in ('targets', 'labels', '_labels') if hasattr(found, k)), None)
-    if labels is None:                                   # nothing but the samples knows them
-        labels = [found[i][1] for i in range(len(found))]
-    paths = getattr(found, '_image_files', None) or [s[0] for s in getattr(found, 'samples', [])]
-    return lambda k: found[k][0], labels, getattr(found, 'classes', []), [os.path.relpath(p, root) for p in paths]
+    parts, labels, paths = [], [], []
+    for part in SPLITS.get(name, {}).get(split, (split,)):
+        options = {'train': part == 'train', 'split': part, 'download': download}
+        found = kind(root, **{k: v for k, v in options.items() if k in accepted})
+        known = next((getattr(found, k) for k in ('targets', 'labels', '_labels') if hasattr(found, k)), None)
+        files = next((getattr(found, k) for k in ('_image_files', '_images') if hasattr(found, k)), None)
+        samples = getattr(found, 'samples', getattr(found, '_samples', []))
+        if known is None:                                # else nothing but the samples knows them
+            known = [s[1] for s in samples] or [found[i][1] for i in range(len(found))]
+        parts, labels = parts + [found], labels + list(known)
+        paths += [os.path.relpath(p, root) for p in (files or [s[0] for s in samples])]
+    ends = np.cumsum([len(found) for found in parts])
+
+    def read(k):
+        part = int(np.searchsorted(ends, k, 'right'))
+        return parts[part][k - (ends[part] - len(parts[part]))][0]
+    return read, labels, getattr(parts[0], 'classes', []), paths
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -2,17 +2,24 @@
 
     python linear_eval.py yamls/linear_eval/cifar10.yaml checkpoint=runs/cifar10/genview/backbone.pt
     torchrun --nproc-per-node 8 linear_eval.py yamls/linear_eval/in1k.yaml checkpoint=resnet50.pth
+    python linear_eval.py yamls/linear_eval/transfer.yaml checkpoint=resnet50.pth train_beton=... test_beton=...
 
-checkpoint is a backbone.pt (or backbone_init.pt, the same network untrained) of pretrain.py, or a torchvision/timm
-ResNet state dict. The images come from betons, of which only `image` is used (gen_views.py, strategy: none).
-Writes results.json, config.yaml, versions.json and log.jsonl into `output` and prints one line. The accuracy of the
-probe is that after its last epoch. The same command again resumes at the last epoch of the probe, or shows the results.
+checkpoint is a backbone.pt (or backbone_init.pt, the same network untrained) of pretrain.py, or any file that
+models.load_backbone recognises: of torchvision, timm, MoCo, SimSiam, SwAV, BYOL, VICReg, mmpretrain, ... The images
+come from betons, of which only `image` is used; gen_views.py with strategy: none writes them from torchvision's
+datasets and image folders (yamls/gen_views/transfer.yaml).
+
+Several learning rates (linear.more_lrs) are probed in one pass: one forward of the encoder and for each a classifier
+that is equal to what it would be alone. Writes results.json, config.yaml, versions.json and log.jsonl into `output` and
+prints one line. The accuracy of a probe is that after its last epoch. The same command again resumes at the last epoch,
+or shows the results; SIGTERM and SIGUSR1 leave at the next step.
 """
 import json
 import math
 import sys
 import time
 from contextlib import closing
+from copy import deepcopy
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -20,36 +27,49 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from timm.optim import Lars
 from torch import nn
 from tqdm import tqdm
 
 from common import (Fail, Log, Processes, StopSignal, changed_keys, load_checkpoint, precision_dtype, run,
                     save_checkpoint, save_json, seed_everything)
-from data import CIFAR_MEAN, CIFAR_STD, CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, PairLoader, open_beton
+from data import PairLoader, normalization, open_beton
 from models import Encoder, all_features, hits, knn_accuracy, load_backbone, percent
 
 DEFAULTS = """
-checkpoint: null        # backbone.pt of pretrain.py, or a torchvision/timm ResNet state dict (.pth, .safetensors)
+checkpoint: null        # backbone.pt of pretrain.py, or another's file (.pth, .safetensors)
+backbone:               # what another's file does not say
+  arch: null            # timm architecture, of networks other than ResNet and ViT, e.g. tf_efficientnet_lite0
+  heads: null           # attention heads of a ViT-S: 6 (timm, DeiT, DINO) | 12 (MoCo v3)
+  prefix: null          # of the network that is meant, where several compete, e.g. teacher.backbone
 train_beton: null       # labelled training images
 test_beton: null        # labelled test images
+metric: null            # of the summary: top1 | mean_per_class; null: as usual for the set, mean_per_class of
+                        # OxfordIIITPet, Caltech101, Flowers102 and FGVCAircraft (results.json has both)
 output: null            # run folder; null: <checkpoint without suffix>_eval
-seed: 0                 # of the classifier, data order and augmentation
+seed: 0                 # of the classifiers, data order and augmentation
 device: auto            # auto | cpu | cuda
-precision: auto         # of the frozen backbone: auto | fp32 | bf16 | fp16; classifier and kNN are float32
+precision: auto         # of the frozen backbone: auto | fp32 | bf16 | fp16; classifiers and kNN are float32
 num_workers: 8          # threads per process that decode
 
-normalization: null     # null: the checkpoint's own (foreign files have none: imagenet) | clip | imagenet | cifar10
-image_size: null        # pixels; null: the checkpoint's own (foreign files: 224)
+normalization: null     # null: the checkpoint's own (where it has none: imagenet) | clip | imagenet | cifar10 |
+                        # [[r, g, b], [r, g, b]] (mean, std)
+image_size: null        # pixels; null: the checkpoint's own (where it has none: 224)
 resize: null            # shorter side before the centre crop of evaluation, pixels; null: image_size
 batch: 512              # images per process when features are computed
+keep_features: false    # keep *_features.pt of un-augmented images: the next question about them needs no encoder
 
 knn:                    # weighted kNN on cosine similarity (Wu et al. 2018), as usual for SSL
   k: 200
   temperature: 0.07
   batch: 256            # test images at a time
 
-linear:                 # SGD on a linear classifier (GenView section 4.1 for Table 5)
-  lr: 0.2               # for batch_size as it is, not scaled; cosine to 0
+linear:                 # linear classifier (GenView section 4.1 for Table 5)
+  optimizer: sgd        # sgd | lars (trust coefficient 0.001, bias too: apex LARC without clipping, as SimSiam)
+  lr: 0.2               # the protocol's, for batch_size as it is, not scaled
+  more_lrs: []          # probed beside it in the same pass
+  milestones: []        # epochs after which lr is multiplied by 0.1; []: cosine per step to final_share
+  final_share: 0.0      # of lr, at the end of the cosine
   epochs: 100
   batch_size: 256       # of all processes together
   momentum: 0.9
@@ -60,26 +80,32 @@ linear:                 # SGD on a linear classifier (GenView section 4.1 for Ta
 tensorboard: false
 """
 
-NORMALIZATIONS = {'clip': (CLIP_MEAN, CLIP_STD), 'imagenet': (IMAGENET_MEAN, IMAGENET_STD),
-                  'cifar10': (CIFAR_MEAN, CIFAR_STD)}
-BOOKKEEPING = ('output', 'device', 'num_workers', 'batch', 'knn.batch', 'tensorboard')  # do not shape the result
+OPTIMIZERS = {'sgd': torch.optim.SGD, 'lars': partial(Lars, trust_coeff=0.001, always_adapt=True)}
+PER_CLASS = ('OxfordIIITPet', 'Caltech101', 'Flowers102', 'FGVCAircraft')  # usual since Kornblith et al. 2019
+BOOKKEEPING = ('output', 'device', 'num_workers', 'batch', 'knn.batch', 'keep_features', 'tensorboard', 'checkpoint')
 
 
 def check(config, world):
     for key in ('checkpoint', 'train_beton', 'test_beton'):
         if not isinstance(config[key], str):
             raise Fail(f'{key}: must name a file, e.g. {key}=runs/...')
-    if config['normalization'] not in (None, *NORMALIZATIONS):
-        raise Fail(f"normalization: {config['normalization']!r} is none of {', '.join(NORMALIZATIONS)}")
     linear, knn = config['linear'], config['knn']
+    for key, value, known in (('metric', config['metric'], (None, 'top1', 'mean_per_class')),
+                              ('linear.optimizer', linear['optimizer'], OPTIMIZERS)):
+        if value not in known:
+            raise Fail(f"{key}: {value!r} is none of {', '.join(filter(None, known))}")
     for key, value in (('batch', config['batch']), ('knn.k', knn['k']), ('knn.batch', knn['batch']),
                        ('linear.epochs', linear['epochs']), ('linear.batch_size', linear['batch_size']),
-                       ('image_size', config['image_size'] or 1), ('resize', config['resize'] or 1)):
-        if not isinstance(value, int) or value < 1:
+                       ('image_size', config['image_size'] or 1), ('resize', config['resize'] or 1),
+                       *(('linear.milestones', epoch) for epoch in linear['milestones'])):
+        if type(value) is not int or value < 1:
             raise Fail(f'{key}: {value} must be a whole number of at least 1')
-    for key, value in (('knn.temperature', knn['temperature']), ('linear.lr', linear['lr'])):
-        if not value > 0:
+    for key, value in (('knn.temperature', knn['temperature']), ('linear.lr', linear['lr']),
+                       *(('linear.more_lrs', lr) for lr in linear['more_lrs'])):
+        if not isinstance(value, (int, float)) or not value > 0:
             raise Fail(f'{key}: {value} must be above 0')
+    if not 0 <= linear['final_share'] <= 1:
+        raise Fail(f"linear.final_share: {linear['final_share']} must be in [0, 1]")
     if linear['batch_size'] % world:
         raise Fail(f"linear.batch_size: {linear['batch_size']} (of all processes together) is not a multiple of the "
                    f'{world} processes')
@@ -91,6 +117,14 @@ def digest(module):
     for name, value in module.state_dict().items():
         total.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
     return total.hexdigest()
+
+
+def schedule(step, steps, linear):
+    """Factor of the learning rate at a step, with `steps` of them an epoch."""
+    if linear['milestones']:
+        return 0.1 ** sum(step >= epoch * steps for epoch in linear['milestones'])
+    cosine = 0.5 * (1 + math.cos(math.pi * step / (steps * linear['epochs'])))
+    return linear['final_share'] + (1 - linear['final_share']) * cosine
 
 
 def batches(config, recipe, train, encoder, processes):
@@ -120,44 +154,65 @@ def batches(config, recipe, train, encoder, processes):
     return epoch, len(loader)
 
 
+@torch.no_grad()
+def accuracies(classifier, features, labels, classes, batch, processes):
+    """{'top1', 'top5', 'mean_per_class'} in percent; the last is top-1 averaged over the classes that occur."""
+    counts = torch.zeros(2 + classes, dtype=torch.double, device=processes.device)
+    for chunk in torch.arange(processes.rank, len(labels), processes.world).split(batch):
+        scores, truth = classifier(features[chunk].to(processes.device).float()), labels[chunk].to(processes.device)
+        counts[:2] += hits(scores, truth)
+        counts[2:] += truth[scores.argmax(1) == truth].bincount(minlength=classes)
+    totals = torch.cat([torch.tensor([len(labels)] * 2), labels.bincount(minlength=classes)]).to(processes.device)
+    top1, top5, *per_class = percent(counts, totals, processes)
+    per_class = [value for value in per_class if not math.isnan(value)]
+    return {'top1': top1, 'top5': top5, 'mean_per_class': round(sum(per_class) / len(per_class), 3)}
+
+
 def main(config):
     processes = Processes(config['device'])
     check(config, processes.world)
     device, linear, knn = processes.device, config['linear'], config['knn']
     dtype = precision_dtype(config['precision'], device)
-    backbone, info = load_backbone(config['checkpoint'])
-    own = (info['mean'], info['std']) if info['mean'] else None
-    mean, std = NORMALIZATIONS[config['normalization'] or 'imagenet'] if config['normalization'] or not own else own
+    backbone, info = load_backbone(config['checkpoint'], **config['backbone'])
+    mean, std = normalization(config['normalization'], (info['mean'], info['std']))
     size = config['image_size'] or info['image_size'] or 224
     folder = Path(config['output'] or f"{Path(config['checkpoint']).with_suffix('')}_eval")
 
     # Betons are checked before anything is written or computed
-    sidecars = [open_beton(config[key], verify=processes.main) for key in ('train_beton', 'test_beton')]
-    n_train, n_test = (sidecar['samples'] for sidecar in sidecars)
+    sidecars = {part: open_beton(config[f'{part}_beton'], verify=processes.main) for part in ('train', 'test')}
+    n_train, n_test = (sidecar['samples'] for sidecar in sidecars.values())
     if knn['k'] > n_train:
         raise Fail(f"knn.k: {knn['k']} neighbours out of {n_train} training images; set a smaller knn.k")
     if linear['batch_size'] > n_train:
         raise Fail(f"linear.batch_size: {linear['batch_size']} is more than the {n_train} training images")
+    dataset = (sidecars['test']['settings'] or {}).get('dataset', {}).get('name')
+    metric = config['metric'] or ('mean_per_class' if dataset in PER_CLASS else 'top1')
 
     # The same question again: show the answer, or go on where it stopped. A new one in the same folder starts anew.
     fingerprint = digest(backbone)
-    betons = sha256(json.dumps([sidecar['crc32'] for sidecar in sidecars]).encode()).hexdigest()
-    identity = {**config, 'backbone_sha256': fingerprint, 'betons_sha256': betons}
+    contents = {part: sha256(json.dumps(sidecar['crc32']).encode()).hexdigest() for part, sidecar in sidecars.items()}
+    identity = {**config, 'backbone_sha256': fingerprint, 'betons_sha256': contents}
     results_path, checkpoint = folder / 'results.json', folder / 'linear.pt'
     if results_path.is_file():
         old = json.loads(results_path.read_text())
-        if not changed_keys(old['config'], identity, (*BOOKKEEPING, 'checkpoint')):
+        if not changed_keys(old['config'], identity, BOOKKEEPING):
             if processes.main:
                 print(f"{old['summary']} (finished before: {results_path})")
             return
     saved = load_checkpoint(checkpoint) if checkpoint.is_file() else None
-    saved = saved if saved and not changed_keys(saved['config'], identity, (*BOOKKEEPING, 'checkpoint')) else None
+    saved = saved if saved and not changed_keys(saved['config'], identity, BOOKKEEPING) else None
 
     recipe = {'size': size, 'resize': config['resize'] or size, 'crop_scale': None}
     augmented = {'size': size, 'crop_scale': linear['crop_scale'], 'flip': linear['flip']}
     stop = StopSignal()
     log = Log(folder, config, processes.main, config['tensorboard'])
-    source = config['normalization'] or ('its own' if own else 'imagenet (the file names none)')
+
+    def leave(where):
+        log.write(f'{stop.name or "stop signal"}: left {where}')
+        log.close()
+        sys.exit(stop.exit_code)
+
+    source = config['normalization'] or ('its own' if info['mean'] else 'imagenet (the file names none)')
     log.write(f"{config['checkpoint']}: {info['text']}, {info['feature_dim']} features"
               f"{'; ' * bool(info['note'])}{info['note']}; normalisation {source}, {size} px; "
               f"{n_train} training and {n_test} test images")
@@ -170,88 +225,109 @@ def main(config):
         return PairLoader(path, [recipe], alpha=0, swap='first', batch_size=min(config['batch'], len(positions)),
                           seed=0, num_workers=config['num_workers'], drop_last=False, shuffle=False, indices=positions,
                           verify=False, pin_memory=device.type == 'cuda')
-    train, (test, test_labels) = (
-        all_features(partial(images, config[f'{part}_beton']), n, encoder, processes, f'{part} features')
-        for part, n in (('train', n_train), ('test', n_test)))
+
+    def features(part):
+        """Computed once: a resumed run reads them."""
+        path = folder / f'{part}_features.pt'
+        question = {'backbone': fingerprint, 'beton': contents[part], 'mean': list(mean), 'std': list(std),
+                    'recipe': recipe, 'dtype': str(dtype)}
+        kept = load_checkpoint(path) if path.is_file() else {}
+        if not processes.any(kept.get('question') != question):
+            return kept['features'], kept['labels']
+        found = all_features(partial(images, config[f'{part}_beton']), sidecars[part]['samples'], encoder, processes,
+                             f'{part} features', stop)
+        if found is None:
+            leave(f'while the {part} features were computed; the same command computes them again')
+        if not found[0].isfinite().all():
+            raise Fail(f"{config['checkpoint']}: features are not finite; set precision=fp32, or the weights are "
+                       'damaged')
+        if found[1].min() < 0:
+            raise Fail(f"{config[f'{part}_beton']}: there are images without label (-1)")
+        if processes.main:
+            save_checkpoint(path, {'question': question, 'features': found[0], 'labels': found[1]})
+        return found
+    train, (test, test_labels) = features('train'), features('test')
     classes = int(max(train[1].max(), test_labels.max())) + 1
-    if min(train[1].min(), test_labels.min()) < 0:
-        raise Fail(f"{config['train_beton']}, {config['test_beton']}: there are images without label (-1)")
-    if not (train[0].isfinite().all() and test.isfinite().all()):
-        raise Fail(f"{config['checkpoint']}: features are not finite; set precision=fp32, or the weights are damaged")
     nearest = knn_accuracy(*train, test, test_labels, classes, knn['k'], knn['temperature'], knn['batch'], processes)
     log.write(f"kNN (k {knn['k']}, temperature {knn['temperature']}): top-1 {nearest[0]:.2f}  top-5 {nearest[1]:.2f}",
               knn_top1=nearest[0], knn_top5=nearest[1])
 
-    # Linear probe: parameters start at N(0, 0.01) and 0 as in MoCo's, gradients are averaged by hand (one small layer)
+    # Linear probes: parameters start at N(0, 0.01) and 0 as in MoCo's, gradients are averaged by hand (small layers)
+    lrs = list(dict.fromkeys([linear['lr'], *map(float, linear['more_lrs'])]))
     classifier = nn.Linear(info['feature_dim'], classes)
     nn.init.normal_(classifier.weight, 0, 0.01)
     nn.init.zeros_(classifier.bias)
-    classifier.to(device)
-    optimizer = torch.optim.SGD(classifier.parameters(), lr=0.0, momentum=linear['momentum'],
-                                weight_decay=linear['weight_decay'])
+    probes = nn.ModuleList(deepcopy(classifier) for _ in lrs).to(device)
+    optimizer = OPTIMIZERS[linear['optimizer']](
+        [{'params': list(probe.parameters()), 'base_lr': lr} for probe, lr in zip(probes, lrs)], lr=0.0,
+        momentum=linear['momentum'], weight_decay=linear['weight_decay'])
     first = 0
     if saved:
-        classifier.load_state_dict(saved['classifier'])
+        probes.load_state_dict(saved['probes'])
         optimizer.load_state_dict(saved['optimizer'])
         first = saved['epoch']
     epoch_batches, steps = batches(config, augmented, train, encoder, processes)
-    log.write(f"linear probe: SGD, lr {linear['lr']} (as given, not scaled by the batch), cosine, momentum "
-              f"{linear['momentum']}, weight decay {linear['weight_decay']}, {linear['epochs']} epochs of {steps} "
-              f"steps, batch {linear['batch_size']}, {'augmented images' if linear['augment'] else 'frozen features'}"
+    decay = f"x 0.1 after epochs {linear['milestones']}" if linear['milestones'] else \
+        'cosine' + f" to {linear['final_share']} of it" * (linear['final_share'] > 0)
+    log.write(f"linear probe: {linear['optimizer']}, lr {', '.join(map(str, lrs))} (as given, not scaled by the "
+              f"batch), {decay}, momentum {linear['momentum']}, weight decay {linear['weight_decay']}, "
+              f"{linear['epochs']} epochs of {steps} steps, batch {linear['batch_size']}, "
+              f"{'augmented images' if linear['augment'] else 'frozen features'}"
               + (f'; resumed at epoch {first}' if saved else ''))
     bar = tqdm(total=linear['epochs'], initial=first, desc='linear probe', unit='epoch',
                disable=None if processes.main else True)
-    total, leave, accuracy = steps * linear['epochs'], False, None
+    last_saved = time.perf_counter()
     for epoch in range(first, linear['epochs']):
-        loss_sum = torch.zeros((), device=device)
-        for step, (features, labels) in enumerate(epoch_batches(epoch), epoch * steps):
+        loss_sum = torch.zeros(len(lrs), device=device)
+        for step, (inputs, labels) in enumerate(epoch_batches(epoch), epoch * steps):
             for group in optimizer.param_groups:
-                group['lr'] = linear['lr'] * 0.5 * (1 + math.cos(math.pi * step / total))
-            loss = F.cross_entropy(classifier(features), labels)
+                group['lr'] = group['base_lr'] * schedule(step, steps, linear)
+            losses = torch.stack([F.cross_entropy(probe(inputs), labels) for probe in probes])
             optimizer.zero_grad()
-            loss.backward()
+            losses.sum().backward()  # none depends on another's parameters
             if dist.is_initialized():
-                for parameter in classifier.parameters():
+                for parameter in probes.parameters():
                     dist.all_reduce(parameter.grad)
                     parameter.grad /= processes.world
             optimizer.step()
-            loss_sum += loss.detach()
-            leave = processes.any(stop) and linear['augment']  # frozen features: what is left takes seconds
-            if leave:
-                break
+            loss_sum += losses.detach()
+            if processes.any(stop):
+                bar.close()
+                leave(f'in epoch {epoch + 1} of {linear["epochs"]}; the same command resumes at '
+                      + ('its beginning' if linear['augment'] else 'the last one that was saved'))
         bar.update()
-        if leave:
-            break
-        if not loss_sum.isfinite():
+        if dist.is_initialized():
+            dist.all_reduce(loss_sum)
+        loss_sum /= steps * processes.world
+        if not loss_sum[0].isfinite():
             raise Fail(f"linear probe: the loss is not finite in epoch {epoch + 1}; lower linear.lr")
-        log.write(None, step=epoch + 1, loss=loss_sum.item() / steps, lr=optimizer.param_groups[0]['lr'])
-        if linear['augment'] and processes.main:
-            save_checkpoint(checkpoint, {'classifier': classifier.state_dict(), 'optimizer': optimizer.state_dict(),
+        log.write(None, step=epoch + 1, loss=loss_sum[0].item(), lr=optimizer.param_groups[0]['lr'],
+                  **({'losses': loss_sum.tolist()} if len(lrs) > 1 else {}))
+        if processes.main and (linear['augment'] or time.perf_counter() - last_saved > 60):
+            save_checkpoint(checkpoint, {'probes': probes.state_dict(), 'optimizer': optimizer.state_dict(),
                                          'epoch': epoch + 1, 'config': identity})
+            last_saved = time.perf_counter()
     bar.close()
-    if leave:
-        log.write(f'{stop.name or "stop signal"}: left in epoch {epoch + 1} of {linear["epochs"]}; the same command '
-                  'resumes at its beginning')
-        log.close()
-        sys.exit(stop.exit_code)
-    counts = torch.zeros(2, dtype=torch.double, device=device)
-    with torch.no_grad():
-        for chunk in torch.arange(processes.rank, n_test, processes.world).split(config['batch']):
-            counts += hits(classifier(test[chunk].to(device).float()), test_labels[chunk].to(device))
-    accuracy = percent(counts, n_test, processes)
+    found = [{'lr': lr, 'protocol': lr == linear['lr'],
+              **accuracies(probe, test, test_labels, classes, config['batch'], processes)}
+             for lr, probe in zip(lrs, probes)]
     if digest(backbone) != fingerprint:
         raise RuntimeError('the frozen backbone has changed: the results are worthless (a bug, please report it)')
 
-    summary = (f"{config['checkpoint']}: kNN top-1 {nearest[0]:.2f}  top-5 {nearest[1]:.2f} | linear top-1 "
-               f"{accuracy[0]:.2f}  top-5 {accuracy[1]:.2f} ({n_test} test images)")
+    per_class = f"mean per class {found[0]['mean_per_class']:.2f}  " * (metric == 'mean_per_class')
+    others = ', '.join(f"{probe['lr']}: {probe[metric]:.2f}" for probe in found[1:])
+    summary = (f"{config['checkpoint']}: kNN top-1 {nearest[0]:.2f}  top-5 {nearest[1]:.2f} | linear {per_class}top-1 "
+               f"{found[0]['top1']:.2f}  top-5 {found[0]['top5']:.2f} ({n_test} test images)"
+               + f" | other than the protocol's lr {linear['lr']}: {others}" * bool(others))
     if processes.main:
         save_json(results_path, {
-            'summary': summary, 'knn': {'top1': nearest[0], 'top5': nearest[1]},
-            'linear': {'top1': accuracy[0], 'top5': accuracy[1]}, 'train_images': n_train, 'test_images': n_test,
-            'classes': classes, 'mean': list(mean), 'std': list(std), 'image_size': size,
+            'summary': summary, 'metric': metric, 'knn': {'top1': nearest[0], 'top5': nearest[1]},
+            'linear': found[0], 'probes': found, 'train_images': n_train, 'test_images': n_test, 'classes': classes,
+            'mean': list(mean), 'std': list(std), 'image_size': size,
             'seconds': round(time.perf_counter() - begin, 1), 'config': identity})
-        checkpoint.unlink(missing_ok=True)
-    log.write(f'{summary} -> {results_path}', knn=nearest, linear=accuracy)
+        for path in (checkpoint, *(folder.glob('*_features.pt') if not config['keep_features'] else ())):
+            path.unlink(missing_ok=True)
+    log.write(f'{summary} -> {results_path}', knn=nearest, linear=found)
     log.close()
 
 

@@ -10,7 +10,9 @@ stand in models.py, their losses in loss.py.
 Writes into `output`: config.yaml, versions.json, log.jsonl, checkpoint.pt, backbone_init.pt (untrained), backbone.pt
 (plain torchvision or timm names, for linear_eval.py) and loss.png.
 
-The same command again resumes; SIGTERM and SIGUSR1 save and leave. On a CPU a resumed run is bit-exact, on a GPU as far
+The same command again resumes; SIGTERM and SIGUSR1 save and leave. torchrun hands signals on to its processes only if
+told so, and kills them after 30 s: `torchrun --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
+--shutdown-timeout 120 ...` is what a Slurm job needs. On a CPU a resumed run is bit-exact, on a GPU as far
 as its kernels are. The result does not depend on the number of processes, but for rounding: batch size, batch norm,
 negatives, queues, codes and quality weights are those of the global batch. So a run may be resumed with another number
 of processes: data, schedules, queues and prototypes go on exactly, sums are added up in another order from then on.
@@ -22,7 +24,6 @@ and the statistics of VICReg are those of the micro-batch: there it is another, 
 """
 import difflib
 import json
-import math
 import sys
 import time
 import warnings
@@ -42,14 +43,15 @@ from tqdm import tqdm
 from common import (Fail, Log, Processes, StopSignal, changed_keys, load_checkpoint, precision_dtype,
                     random_states, run, save_checkpoint, seed_everything, set_random_states)
 from data import CIFAR_MEAN, CIFAR_STD, CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, PairLoader
-from models import (METHODS, Encoder, Quality, all_features, average_running_statistics, describe, global_mean,
-                    knn_accuracy, synchronize_batch_norm)
+from models import (METHODS, VITS, Encoder, Quality, all_features, average_running_statistics, cosine, describe,
+                    global_mean, knn_accuracy, synchronize_batch_norm)
 
 DEFAULTS = """
 output: null            # run folder, e.g. runs/cifar10/pretrain
 seed: 0                 # of initialisation, data order, augmentations and shuffling
 device: auto            # auto | cpu | cuda
-precision: auto         # auto | fp32 | bf16 | fp16 (GPU, with loss scaling); auto: bf16 where the hardware has it
+precision: auto         # auto | fp32 (GPU: products in TF32) | bf16 | fp16 (GPU, with loss scaling; a loss that is not
+                        # finite ends the run here too); auto: bf16 where the hardware has it
 compile: false          # torch.compile of the backbone: the first steps take minutes, the others less
 
 data:
@@ -149,7 +151,7 @@ quality:                # quality-driven contrastive loss (GenView section 3.4)
 
 optimizer:
   name: sgd             # sgd | lars (trust coefficient 0.001) | adamw
-  lr: 0.03              # for batch_size as it is, not scaled; linear warm-up, then cosine to final_lr
+  lr: 0.03              # for batch_size as it is, not scaled; linear warm-up from 0, then cosine to final_lr per step
   final_lr: 0.0
   warmup_epochs: 0
   momentum: 0.9         # sgd and lars; adamw has betas 0.9 and 0.999
@@ -170,7 +172,8 @@ knn:                    # monitor: weighted kNN on the backbone's features, with
 log_every: 50           # steps
 save_every_epochs: 1
 save_every_steps: null  # additionally within an epoch
-requeue: false          # on SIGUSR1 (#SBATCH --signal=USR1@120) save, then `scontrol requeue` the Slurm job
+requeue: false          # on SIGUSR1 (#SBATCH --signal=USR1@120) save, then `scontrol requeue` the Slurm job; torchrun
+                        # must be told to hand the signal on, see above
 tensorboard: true
 """
 
@@ -237,10 +240,13 @@ def check(config, world):
     if settings.get('queue', 0) % keys:
         raise Fail(f"{block}.queue: {settings['queue']} is not a multiple of the {keys} keys of a step; "
                    f"{max(1, round(settings['queue'] / keys)) * keys} is")
-    splits = settings.get('bn_splits', world)
-    if splits % world or batch // accumulate % splits:
-        raise Fail(f'moco.bn_splits: {splits} must be a multiple of the {world} processes and divide batch_size '
-                   f'{batch}' + f' / accumulate {accumulate}' * (accumulate > 1))
+    if method == 'mocov2' and (settings['bn_splits'] % world or batch // accumulate % settings['bn_splits']):
+        raise Fail(f"moco.bn_splits: {settings['bn_splits']} must be a multiple of the {world} processes (the nearest to "
+                   f'what was published is {max(world, 8 // world * world)}) and divide batch_size {batch}'
+                   + f' / accumulate {accumulate}' * (accumulate > 1))
+    small, patch = config['small_crops'], config['backbone']['patch_size']
+    if small['count'] and config['backbone']['arch'] in VITS and small['size'] % patch:
+        raise Fail(f"small_crops.size: {small['size']} is not a multiple of backbone.patch_size {patch}")
 
 
 def check_size(config, loader):
@@ -276,7 +282,9 @@ def build_model(config, steps_per_epoch):
 
 
 def lars(groups, momentum, **settings):
-    """timm's, which adapts a group without weight decay only if told so."""
+    """timm's, which adapts a group without weight decay only if told so. It divides by |g| + wd |w| (as apex, mmselfsup;
+    MoCo v3, BYOL, VICReg and SimCLR: |g + wd w|, the same but for large decays) and multiplies with the learning rate
+    after the momentum (as MoCo v3, BYOL and VICReg; SimCLR and mmselfsup: before, which differs while it changes)."""
     for group in groups:
         group['always_adapt'] = not group['exclude']
     return Lars(groups, momentum=momentum, trust_coeff=0.001, **settings)
@@ -303,14 +311,13 @@ def build_optimizer(model, config):
 
 
 def learning_rate(step, steps_per_epoch, epochs, optimizer):
-    """Linear warm-up, then cosine to final_lr: a pure function of the step, so that resuming needs no scheduler's
-    state. So are the momenta of the methods (models.cosine); the weight decay is constant."""
+    """Linear warm-up from 0 (SwAV at batch 4096: from 0.3), then cosine to final_lr: a pure function of the step, so
+    that resuming needs no scheduler's state. So are the momenta of the methods; the weight decay is constant. The
+    official codes of MoCo v2 and SimSiam change the learning rate once an epoch, the others every step."""
     warmup, total = optimizer['warmup_epochs'] * steps_per_epoch, epochs * steps_per_epoch
     if step < warmup:
-        return optimizer['lr'] * (step + 1) / warmup
-    final = optimizer['final_lr']
-    cosine = 1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup))
-    return final + (optimizer['lr'] - final) * 0.5 * cosine
+        return optimizer['lr'] * step / warmup
+    return cosine(optimizer['lr'], optimizer['final_lr'], step - warmup, max(1, total - warmup))
 
 
 class Monitor:
@@ -464,8 +471,19 @@ def main(config):
         last_saved = step
         processes.barrier()  # nobody goes on, or leaves, before it is written
 
+    def look_at_neighbours():
+        nonlocal since
+        begin = time.perf_counter()
+        if monitor and epoch and (epoch % config['knn']['every'] == 0 or epoch == epochs):
+            average_running_statistics(model)
+            accuracy = monitor.accuracy(model.backbone)
+            log.write(f'epoch {epoch}: kNN accuracy {accuracy:.2%}', step=step, knn_accuracy=round(accuracy, 5))
+        since += time.perf_counter() - begin  # images/s are those of training
+
     bar = tqdm(total=last_step, initial=step, unit='step', dynamic_ncols=True, disable=None if processes.main else True)
     leave = False
+    if saved and not batch_index and f'"step": {step}, "knn_accuracy"' not in (folder / 'log.jsonl').read_text():
+        look_at_neighbours()  # the run ended between saving the epoch and this
     while epoch < epochs and not leave:
         with closing(loader.epoch(epoch, batch_index * accumulate)) as batches:
             while batch_index < steps_per_epoch and not leave:
@@ -538,11 +556,8 @@ def main(config):
             epoch, batch_index, begin = epoch + 1, 0, time.perf_counter()
             if epoch % config['save_every_epochs'] == 0 or epoch == epochs:
                 save()
-            if monitor and (epoch % config['knn']['every'] == 0 or epoch == epochs):
-                average_running_statistics(model)
-                accuracy = monitor.accuracy(model.backbone)
-                log.write(f'epoch {epoch}: kNN accuracy {accuracy:.2%}', step=step, knn_accuracy=round(accuracy, 5))
-            since += time.perf_counter() - begin  # images/s are those of training
+            since += time.perf_counter() - begin
+            look_at_neighbours()
     bar.close()
     if leave:
         log.write(f'{stop.name or "stop signal"}: saved at step {step} of {last_step}; the same command resumes')

@@ -412,10 +412,3 @@ def test_all_images_unreadable(stage, clips, tmp_path):
         (tmp_path / f'images/{i}.png').write_bytes(b'not an image')
     with pytest.raises(Fail, match='unreadable, and so are all of the pca images'):
         stage(write_yaml(tmp_path / 'a.yaml', tmp_path / 'images', clips['vit'], tmp_path / 'out'))
-
-
-@pytest.mark.parametrize('path', sorted((ROOT / 'yamls/fg_proportion').glob('*.yaml')), ids=lambda p: p.stem)
-def test_experiments_have_known_keys_and_a_heading(path):
-    fg_proportion.check(load_config(fg_proportion.DEFAULTS, [str(path)]))
-    first, second = path.read_text().splitlines()[:2]
-    assert first.startswith('# ') and second.startswith('# Cost: ')

@@ -1,4 +1,4 @@
-"""linear_eval.py and load_backbone: kNN against numpy, the probe, resuming, two processes, foreign state dicts."""
+"""linear_eval.py: kNN against numpy, the probe, resuming, two processes."""
 import json
 import os
 import signal
@@ -9,18 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import timm
 import torch
-import torchvision
-from safetensors.torch import save_file
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import linear_eval  # noqa: E402
 from common import Fail, Processes, StopSignal, load_config  # noqa: E402
-from data import write_beton  # noqa: E402
-from models import build_backbone, load_backbone  # noqa: E402
+from data import PairLoader, write_beton  # noqa: E402
+from models import Encoder, all_features, build_backbone, load_backbone  # noqa: E402
 
 ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1'}
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
@@ -68,6 +67,10 @@ def results(folder):
     return json.loads((folder / 'results.json').read_text())
 
 
+def log_of(folder):
+    return [json.loads(text) for text in (folder / 'log.jsonl').read_text().splitlines()]
+
+
 # ---------------------------------------------------------------------------------------------------
 # Loading
 
@@ -75,52 +78,6 @@ def test_own_backbone(workplace):
     module, info = load_backbone(workplace / 'backbone.pt')
     assert not module.training and info['mean'] == MEAN and info['std'] == STD and info['image_size'] == 16
     assert module(torch.zeros(2, 3, 16, 16)).shape == (2, 64) and info['feature_dim'] == 64
-
-
-@pytest.mark.parametrize('arch, width', [('resnet18', 512), ('resnet50', 2048)])
-def test_torchvision_and_timm(tmp_path, arch, width):
-    images = torch.randn(1, 3, 64, 64)
-    for source in (getattr(torchvision.models, arch)(), timm.create_model(arch)):
-        source.eval()
-        torch.save(source.state_dict(), tmp_path / 'plain.pth')
-        module, info = load_backbone(tmp_path / 'plain.pth')
-        assert (info['arch'], info['stem'], info['width'], info['feature_dim']) == (arch, 'imagenet', 64, width)
-        assert info['mean'] is None and 'fc.weight' in info['note']
-        source.fc = torch.nn.Identity()
-        assert torch.allclose(module(images), source(images), atol=1e-5)
-
-
-def test_prefixes_containers_and_files_without_counters(tmp_path):
-    source = torchvision.models.resnet18().state_dict()
-    counters = [k for k in source if k.endswith('num_batches_tracked')]  # files from before PyTorch 0.4.1 have none
-    state = {f'module.encoder_q.{k}': v for k, v in source.items() if k not in counters}
-    other = {f'module.encoder_k.{k}': v + 1 for k, v in source.items()}
-    torch.save({'state_dict': {**state, **other, 'module.queue': torch.zeros(3)}, 'epoch': 3}, tmp_path / 'moco.pth')
-    module, info = load_backbone(tmp_path / 'moco.pth')
-    assert torch.equal(module.state_dict()['layer4.1.conv2.weight'], source['layer4.1.conv2.weight'])
-    assert 'module.encoder_q.' in info['note'] and 'module.queue' in info['note']
-    save_file({k: v.contiguous() for k, v in source.items()}, tmp_path / 'plain.safetensors')
-    module, _ = load_backbone(tmp_path / 'plain.safetensors')
-    assert torch.equal(module.conv1.weight, source['conv1.weight'])
-
-
-def test_missing_and_unexpected_keys_are_named(tmp_path):
-    state = build_backbone('resnet18', 'cifar', 8).state_dict()
-    extra = {'surprise': torch.zeros(1), 'layer1.0.extra': torch.zeros(1)}
-    wrong = {'missing layer1.0.conv1.weight': {k: v for k, v in state.items() if k != 'layer1.0.conv1.weight'},
-             'unexpected layer1.0.extra, surprise': {**state, **extra},
-             r'of another shape bn1.bias \(9,\) for \(8,\)': {**state, 'bn1.bias': torch.zeros(9)},
-             'no ResNet in it': {'cls_token': torch.zeros(3)},
-             'several networks': {f'{p}.{k}': v for k, v in state.items() for p in ('a', 'b')}}
-    for message, content in wrong.items():
-        torch.save(content, tmp_path / 'wrong.pth')
-        with pytest.raises(Fail, match=message) as error:
-            load_backbone(tmp_path / 'wrong.pth')
-        assert 'wrong.pth' in str(error.value) and '\n' not in str(error.value)
-    (tmp_path / 'noise.pth').write_bytes(b'noise')
-    for name, message in (('noise.pth', 'cannot be read'), ('none.pth', 'no such checkpoint')):
-        with pytest.raises(Fail, match=message):
-            load_backbone(tmp_path / name)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -142,6 +99,103 @@ def test_knn_against_numpy():
     found = linear_eval.knn_accuracy(torch.tensor(train), torch.tensor(train_labels), torch.tensor(test),
                                      torch.tensor(test_labels), 8, 20, 0.07, 16, Processes('cpu'))
     assert found == [pytest.approx(100 * first / 41, abs=1e-3), pytest.approx(100 * five / 41, abs=1e-3)]
+
+
+def test_mean_per_class_is_the_mean_over_the_classes_that_occur():
+    labels = torch.tensor([0] * 8 + [2] * 2)
+    scores = torch.nn.functional.one_hot(torch.tensor([0] * 6 + [1, 2] + [2, 0]), 4).float()
+    found = linear_eval.accuracies(torch.nn.Identity(), scores, labels, 4, 3, Processes('cpu'))
+    assert found == {'top1': 70.0, 'top5': 100.0, 'mean_per_class': (75 + 50) / 2}
+
+
+def test_schedules_and_lars_of_the_protocols():
+    moco = {'milestones': [60, 80], 'epochs': 100, 'final_share': 0.0}
+    assert [linear_eval.schedule(7 * epoch, 7, moco) for epoch in (0, 59, 60, 79, 80)] == pytest.approx(
+        [1, 1, 0.1, 0.1, 0.01])
+    cosine = {'milestones': [], 'epochs': 60, 'final_share': 0.1}
+    assert [linear_eval.schedule(7 * epoch, 7, cosine) for epoch in (0, 30, 60)] == pytest.approx([1, 0.55, 0.1])
+    torch.manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.randn(3, 4)), torch.nn.Parameter(torch.randn(3))]
+    expected, buffers = [p.detach().clone() for p in parameters], [0.0, 0.0]
+    optimizer = linear_eval.OPTIMIZERS['lars']([{'params': parameters}], lr=1.6, momentum=0.9, weight_decay=0.0)
+    for step in range(3):  # apex LARC without clipping: the bias too
+        for k, parameter in enumerate(parameters):
+            parameter.grad = torch.randn_like(parameter)
+            rate = 0.001 * expected[k].norm() / parameter.grad.norm()
+            buffers[k] = 0.9 * buffers[k] + rate * parameter.grad
+            expected[k] = expected[k] - 1.6 * buffers[k]
+        optimizer.step()
+        for parameter, value in zip(parameters, expected):
+            assert torch.allclose(parameter, value, atol=1e-6)
+
+
+def test_several_learning_rates_in_one_pass_are_each_as_if_alone(workplace, tmp_path, capsys):
+    linear_eval.main(config_of(workplace, f'output={tmp_path}/all', 'linear.more_lrs=[1.0, 0.01, 0.2]'))
+    found = results(tmp_path / 'all')
+    assert [probe['lr'] for probe in found['probes']] == [0.2, 1.0, 0.01]
+    assert [probe['protocol'] for probe in found['probes']] == [True, False, False]
+    assert found['linear'] == found['probes'][0] and "other than the protocol's lr 0.2: 1.0: " in found['summary']
+    losses = [line['losses'] for line in log_of(tmp_path / 'all') if 'losses' in line]
+    for k, probe in enumerate(found['probes']):
+        linear_eval.main(config_of(workplace, f'output={tmp_path}/{k}', f"linear.lr={probe['lr']}"))
+        assert results(tmp_path / str(k))['linear'] == {**probe, 'protocol': True}
+        alone = [line['loss'] for line in log_of(tmp_path / str(k)) if 'loss' in line]
+        assert alone == pytest.approx([epoch[k] for epoch in losses], rel=1e-6)
+
+
+def test_the_metric_is_that_of_the_set(workplace, tmp_path):
+    write_beton(tmp_path / 'pets.beton', lambda i: (np.full((8, 8, 3), i, np.uint8), None, min(i, 2), i, -1), 9,
+                {'dataset': {'name': 'OxfordIIITPet'}}, num_workers=1)
+    linear_eval.main(config_of(workplace, f'output={tmp_path}/out', f'test_beton={tmp_path}/pets.beton'))
+    found = results(tmp_path / 'out')
+    assert found['metric'] == 'mean_per_class' and found['linear']['mean_per_class'] != found['linear']['top1']
+    assert f"linear mean per class {found['linear']['mean_per_class']:.2f}" in found['summary']
+
+
+def test_features_are_kept_for_the_next_question_and_a_stop_is_seen_while_they_are_computed(
+        workplace, tmp_path, monkeypatch, capsys):
+    class Stop:
+        name, exit_code, questions = 'SIGTERM', StopSignal.exit_code, 0
+
+        def __bool__(self):
+            Stop.questions += 1
+            return Stop.questions > 6
+
+    config = config_of(workplace, f'output={tmp_path}/out', 'keep_features=true')
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as error:
+        patch.setattr(linear_eval, 'StopSignal', Stop)
+        linear_eval.main(config)  # 5 batches of training images, then the second one of the test images
+    assert error.value.code == StopSignal.exit_code and 'left while the test features' in capsys.readouterr().out
+    assert {p.name for p in (tmp_path / 'out').glob('*.pt')} == {'train_features.pt'}
+    linear_eval.main(config)
+    linear_eval.main(config_of(workplace, f'output={tmp_path}/reference'))
+    assert results(tmp_path / 'out')['linear'] == results(tmp_path / 'reference')['linear']
+    assert not list((tmp_path / 'reference').glob('*.pt'))
+    with monkeypatch.context() as patch:
+        patch.setattr(linear_eval, 'all_features', None)
+        linear_eval.main(config_of(workplace, f'output={tmp_path}/out', 'linear.lr=0.3'))
+        assert results(tmp_path / 'out')['linear']['lr'] == 0.3
+        with pytest.raises(TypeError):  # other pixels are another question
+            linear_eval.main(config_of(workplace, f'output={tmp_path}/out', 'resize=20', 'keep_features=true'))
+
+
+def _stop_on_one_process(rank, folder):
+    dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
+    os.environ.update(RANK=str(rank), WORLD_SIZE='2')
+    processes = Processes('cpu', group=False)
+    encoder = Encoder(build_backbone('resnet18', 'cifar', 8), MEAN, STD, processes.device, torch.float32)
+
+    def images(positions):
+        return PairLoader(f'{folder}/train.beton', [{'size': 16}], alpha=0, swap='first', batch_size=33, seed=0,
+                          num_workers=1, drop_last=False, shuffle=False, indices=positions, verify=False)
+    found = all_features(images, 67, encoder, processes, 'all')  # 34 and 33 images: two batches and one
+    assert found[1].tolist() == [i % 3 for i in range(67)]
+    assert all_features(images, 67, encoder, processes, 'all', stop=rank == 1) is None
+    dist.destroy_process_group()
+
+
+def test_a_stop_on_one_process_ends_all_of_them(workplace):
+    mp.spawn(_stop_on_one_process, (str(workplace),), nprocs=2)
 
 
 def test_probe_learns_and_leaves_the_backbone_alone(workplace, tmp_path, capsys):
@@ -175,9 +229,8 @@ def test_two_processes_find_the_same(workplace, tmp_path):
     assert run.returncode == 0, run.stderr
     one, two = results(tmp_path / 'one'), results(tmp_path / 'two')
     assert one['knn'] == two['knn'] and one['linear'] == two['linear']
-    logs = [[json.loads(t) for t in (tmp_path / n / 'log.jsonl').read_text().splitlines()] for n in ('one', 'two')]
-    rates = [[line['lr'] for line in log if 'lr' in line] for log in logs]
-    assert rates[0] == rates[1] and len(rates[0]) == 6
+    logs = [[(line['lr'], line['loss']) for line in log_of(tmp_path / n) if 'lr' in line] for n in ('one', 'two')]
+    assert np.allclose(*logs, rtol=1e-3) and len(logs[0]) == 6
 
 
 def test_killed_probe_resumes_bit_exactly(workplace, tmp_path):
@@ -202,8 +255,7 @@ def test_killed_probe_resumes_bit_exactly(workplace, tmp_path):
             linear_eval.main(config_of(workplace, *changes, f'output={folder}'))
         losses = []
         for run in (tmp_path / 'reference', folder):
-            log = [json.loads(text) for text in (run / 'log.jsonl').read_text().splitlines()]
-            losses.append({line['step']: line['loss'] for line in log if 'loss' in line})
+            losses.append({line['step']: line['loss'] for line in log_of(run) if 'loss' in line})
         assert losses[0] == losses[1] and len(losses[0]) == 30
         assert results(folder)['linear'] == results(tmp_path / 'reference')['linear']
         assert not (folder / 'linear.pt').exists()
@@ -214,6 +266,8 @@ def test_killed_probe_resumes_bit_exactly(workplace, tmp_path):
     ('train_beton=none.beton', 'none.beton'), ('knn.k=68', 'knn.k: 68 neighbours out of 67'), ('knn.k=0', 'knn.k: 0'),
     ('linear.batch_size=68', 'linear.batch_size: 68'), ('linear.epochs=0', 'linear.epochs: 0'),
     ('linear.lr=0', 'linear.lr: 0'), ('normalization=imagnet', 'normalization: .imagnet'),
+    ('linear.more_lrs=[0.1, a]', 'linear.more_lrs: a'), ('linear.milestones=[0]', 'linear.milestones: 0'),
+    ('linear.optimizer=lar', 'linear.optimizer: .lar. is none of sgd, lars'), ('metric=top2', 'metric: .top2'),
     ('precision=fp8', 'precision')])
 def test_impossible_settings_leave_nothing_behind(workplace, tmp_path, change, message):
     with pytest.raises((Fail, ValueError), match=message) as error:
@@ -225,10 +279,3 @@ def test_impossible_settings_leave_nothing_behind(workplace, tmp_path, change, m
 def test_yaml_errors_are_one_line_and_exit_code_2(workplace):
     run = subprocess.run(command(workplace, 'linear.learning_rate=1'), capture_output=True, text=True, timeout=900)
     assert run.returncode == 2 and "unknown key 'linear.learning_rate'" in run.stderr and run.stderr.count('\n') == 1
-
-
-@pytest.mark.parametrize('path', sorted((ROOT / 'yamls/linear_eval').glob('*.yaml')), ids=lambda p: p.name)
-def test_experiments_that_ship_are_valid(path):
-    config = load_config(linear_eval.DEFAULTS, [str(path)])
-    for world in (1, 2, 4, 8):
-        linear_eval.check(config, world)

@@ -14,9 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import models  # noqa: E402
 import pretrain  # noqa: E402
 from common import Fail, load_config  # noqa: E402
-from loss import info_nce_batch, quality_weights, swapped_prediction  # noqa: E402
+from loss import info_nce_batch, quality_weights, sinkhorn, swapped_prediction  # noqa: E402
 from models import (BYOL, METHODS, VITS, MoCoV2, MoCoV3, SimCLR, SimSiam, SplitBatchNorm2d, ViT,  # noqa: E402
                     build_backbone, cosine, load_backbone, synchronize_batch_norm)
 
@@ -24,7 +25,8 @@ SMALL = ('backbone.arch=resnet18', 'backbone.stem=cifar', 'backbone.width=8', 'i
          'normalization=imagenet', 'epochs=4', 'optimizer.lr=0.05', 'output=out', 'data.beton=none')
 TINY = {'mocov2': ('moco.dim=16', 'moco.queue=32', 'moco.momentum=0.9', 'moco.bn_splits=2'),
         'mocov3': ('mocov3.dim=16', 'mocov3.hidden=32', 'mocov3.momentum=0.9'),
-        'byol': ('byol.dim=16', 'byol.hidden=32', 'byol.momentum=0.9'),
+        # residuals of zero: the steps of so small a network would otherwise enlarge rounding a thousandfold
+        'byol': ('byol.dim=16', 'byol.hidden=32', 'byol.momentum=0.9', 'backbone.zero_init_residual=true'),
         'simsiam': ('simsiam.dim=32', 'simsiam.hidden=16'),
         'swav': ('swav.dim=16', 'swav.hidden=32', 'swav.prototypes=12', 'swav.queue=8', 'swav.queue_from_epoch=0',
                  'swav.freeze_prototypes=1', 'small_crops.count=2', 'small_crops.size=12'),
@@ -115,7 +117,7 @@ def test_two_processes_make_the_steps_of_one(both, method, weighted):
     one, two, other = (torch.load(both / f'{method}.{weighted}.{name}', weights_only=True)
                        for name in ('1.0', '2.0', '2.1'))
     assert one['losses'] == pytest.approx(two['losses'], rel=1e-4, abs=1e-5)
-    for key in one['figures'].keys() - {'feature_std'}:  # that is the mean over the processes
+    for key in one['figures']:
         assert one['figures'][key] == pytest.approx(two['figures'][key], abs=1e-5)
     assert one['state'].keys() == two['state'].keys()
     for key, value in one['state'].items():
@@ -214,7 +216,8 @@ def test_zero_residuals_follow_the_method_unless_said(arch, last):
               for name, small in (('mocov2', {'queue': 4}), ('mocov3', {'hidden': 8}), ('byol', {'hidden': 8}),
                                   ('simsiam', {'dim': 8}), ('swav', {}), ('simclr', {}),
                                   ('vicreg', {'hidden': 8, 'dim': 8}))}
-    assert {name for name, total in starts.items() if total == 0} == {'mocov3', 'byol', 'simsiam', 'simclr', 'vicreg'}
+    zero = {'mocov3', 'simsiam', 'simclr', 'vicreg'} | ({'byol'} if last == 'bn3' else set())  # haiku: bottlenecks alone
+    assert {name for name, total in starts.items() if total == 0} == zero
     for said in (True, False):
         model = SimSiam({**backbone, 'zero_init_residual': said}, dim=8)
         assert (getattr(model.backbone.layer2[1], last).weight.sum() == 0) == said
@@ -376,7 +379,7 @@ def test_predictor_keeps_its_learning_rate(empty):
     assert len(pretrain.build_optimizer(pretrain.build_model(config, 2), config).param_groups) == 2
 
 
-def test_swav_freezes_normalises_and_queues(empty):
+def test_swav_freezes_normalises_and_queues(empty, monkeypatch):
     config = config_of(empty, 'swav', 'swav.queue=16', 'swav.queue_from_epoch=1', 'swav.freeze_prototypes=2')
     torch.manual_seed(0)
     model = pretrain.build_model(config, 2)                # 2 steps an epoch: the queue begins at step 2
@@ -385,13 +388,15 @@ def test_swav_freezes_normalises_and_queues(empty):
     model.before_step(0)
     assert torch.allclose(model.prototypes.weight.norm(dim=1), torch.ones(12))
     assert [len(list(model.frozen(step))) for step in (0, 1, 2)] == [1, 1, 0]
-    held = []
+    held, rows = [], []
+    monkeypatch.setattr(models, 'sinkhorn', lambda scores, *a: rows.append(len(scores)) or sinkhorn(scores, *a))
     for step in range(6):
         before = model.queue.clone()
         model(views_of(config, 8, step), step)
         held.append(model.queue[:, :, 0].count_nonzero().item())
         assert torch.equal(model.queue[:, 8:], before[:, :8]) == (step >= 2 or not model.queue.any())
-    assert held == [0, 0, 16, 32, 32, 32] and model.queue_is_full
+    assert held == [0, 0, 16, 32, 32, 32]
+    assert rows == [8, 8] * 4 + [24, 24] * 2  # both crops use the queue from the step on at whose start it was full
     assert torch.allclose(model.queue.norm(dim=2), torch.ones(2, 16), atol=1e-5)
 
 

@@ -1,0 +1,76 @@
+"""Does every method learn? All of them on the demo's data, with the demo's budget: kNN accuracy on CIFAR-10.
+
+    python benchmarks/methods.py                             # all methods, without and with GenView, seed 0
+    python benchmarks/methods.py methods=byol,swav seed=1    # a part of it
+
+2,500 images, ResNet-18 of width 32, 20 epochs, SGD, one learning rate for all that are not named in METHODS: far too
+little to tell which method is best, and none is tuned. What is finished is not done again. Numbers go to
+results/cifar10_methods.json; the table is made from that file.
+"""
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from common import save_json  # noqa: E402
+
+RUN, RESULTS = Path('runs/methods'), ROOT / 'results/cifar10_methods.json'
+METHODS = {  # heads in proportion to the narrow backbone's 256 features
+    'mocov2': [],
+    'mocov3': ['mocov3.dim=128', 'mocov3.hidden=1024', 'mocov3.temperature=0.2'],
+    'byol': ['byol.dim=128', 'byol.hidden=1024'],
+    'simsiam': ['simsiam.dim=512', 'simsiam.hidden=128'],
+    'swav': ['swav.hidden=512', 'swav.prototypes=100', 'swav.queue=0', 'swav.freeze_prototypes=9',
+             'small_crops.count=4', 'small_crops.size=16'],
+    'simclr': ['simclr.temperature=0.2'],
+    'vicreg': ['vicreg.dim=1024', 'vicreg.hidden=1024', 'optimizer.lr=0.05'],
+}
+VIEWS = {'baseline': ['data.alpha=0', 'quality.enabled=false'], 'genview': []}
+
+
+def stage(script, *arguments):
+    print(f"\n=== python {script} {' '.join(arguments)}", flush=True)
+    start = time.time()
+    if code := subprocess.run([sys.executable, script, *arguments], cwd=ROOT).returncode:
+        sys.exit(f'{script} ended with exit code {code}; its message stands above. The same command goes on from here')
+    return round(time.time() - start)
+
+
+def main():
+    options = dict(methods=','.join(METHODS), seed='0')
+    for argument in sys.argv[1:]:
+        key, _, value = argument.partition('=')
+        if key not in options:
+            sys.exit(f'unknown option {key!r}; known are {", ".join(options)}')
+        options[key] = value
+    methods, seed = options['methods'].split(','), int(options['seed'])
+    if unknown := set(methods) - set(METHODS):
+        sys.exit(f'no method {", ".join(unknown)}; there are {", ".join(METHODS)}')
+    done = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    for script, yaml in (('fg_proportion', 'demo'), ('gen_views', 'demo'), ('gen_views', 'demo_test')):
+        stage(f'{script}.py', f'yamls/{script}/{yaml}.yaml')
+    for method in methods:
+        for views, keys in VIEWS.items():
+            if any((r['method'], r['views'], r['seed']) == (method, views, seed) for r in done):
+                continue
+            folder = RUN / f'{method}_{views}_{seed}'
+            seconds = stage('pretrain.py', 'yamls/pretrain/demo.yaml', f'method={method}', *METHODS[method], *keys,
+                            f'seed={seed}', f'output={folder}')
+            stage('linear_eval.py', 'yamls/linear_eval/demo.yaml', f'checkpoint={folder}/backbone.pt',
+                  f'output={folder}/linear_eval')
+            measured = json.loads((ROOT / folder / 'linear_eval/results.json').read_text())
+            done.append(dict(method=method, views=views, seed=seed, knn=measured['knn']['top1'],
+                             linear=measured['linear']['top1'], seconds=seconds))
+            RESULTS.parent.mkdir(exist_ok=True)
+            save_json(RESULTS, done)
+    print('\n| method | views | seed | kNN top-1 | linear top-1 | minutes |\n|---|---|---|---|---|---|')
+    for r in done:
+        print(f"| {r['method']} | {r['views']} | {r['seed']} | {r['knn']:.1f} | {r['linear']:.1f} | "
+              f"{r['seconds'] / 60:.1f} |")
+
+
+if __name__ == '__main__':
+    main()

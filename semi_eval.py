@@ -1,0 +1,320 @@
+"""Stage 5: semi-supervised evaluation: the whole network is fine-tuned with the labels of 1, 5 or 10 % of the images.
+
+    python semi_eval.py yamls/semi_eval/in1k_1percent.yaml checkpoint=runs/in1k/mocov3_genview/backbone.pt
+    torchrun --nproc-per-node 8 semi_eval.py yamls/semi_eval/in1k_10percent.yaml checkpoint=resnet50.pth
+
+checkpoint is any file that models.load_backbone recognises. The images come from betons, of which only `image` is used
+(gen_views.py, strategy: none); those whose labels may be used are SimCLR's published list (subset.file) or the same
+number of each class, drawn from the seed. subset.txt in the run folder names them by their index in the dataset, and
+can be the subset.file of another run.
+
+Writes config.yaml, versions.json, log.jsonl, subset.txt, checkpoint.pt (removed at the end) and results.json into
+`output`; prints top-1 and top-5 after the last epoch. The same command again resumes exactly, or shows the results;
+SIGTERM and SIGUSR1 save and leave. The result does not depend on the number of processes, but for rounding: batches and
+batch norm are those of the global batch.
+"""
+import json
+import math
+import sys
+import time
+import warnings
+from contextlib import closing
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from common import (Fail, Log, Processes, StopSignal, atomic, changed_keys, load_checkpoint, precision_dtype,
+                    random_states, run, save_checkpoint, save_json, seed_everything, set_random_states)
+from data import PairLoader, normalization, source_dataset
+from models import (average_running_statistics, global_mean, hits, load_backbone, normalize, percent,
+                    synchronize_batch_norm)
+
+DEFAULTS = """
+checkpoint: null        # backbone.pt of pretrain.py, or another's file (.pth, .safetensors)
+backbone:               # what another's file does not say
+  arch: null            # timm architecture, of networks other than ResNet and ViT
+  heads: null           # attention heads of a ViT-S: 6 (timm, DeiT, DINO) | 12 (MoCo v3)
+  prefix: null          # of the network that is meant, where several compete
+train_beton: null       # all training images, labelled
+test_beton: null        # labelled test images
+subset:                 # the training images whose labels are used
+  share: 0.01           # of them, the same number of each class; not looked at when there is a file
+  file: null            # list, one image a line: its file name, as in SimCLR's imagenet_subsets/1percent.txt and
+                        # 10percent.txt, or its index in the dataset, as in subset.txt
+  root: null            # where the dataset lies, for file names; null: as when the beton was written
+output: null            # run folder; null: <checkpoint without suffix>_semi
+seed: 0                 # of subset, classifier, data order and augmentation
+device: auto            # auto | cpu | cuda
+precision: auto         # auto | fp32 | bf16 | fp16 (GPU, with loss scaling); auto: bf16 where the hardware has it
+num_workers: 8          # threads per process that decode
+
+normalization: null     # null: the checkpoint's own (where it has none: imagenet) | clip | imagenet | cifar10 |
+                        # [[r, g, b], [r, g, b]] (mean, std)
+image_size: null        # pixels; null: the checkpoint's own (where it has none: 224)
+resize: null            # shorter side before the centre crop of evaluation, pixels; null: image_size
+batch: 256              # test images per process at a time
+
+epochs: 20
+batch_size: 256         # of all processes together
+lr_backbone: 0.00001    # for batch_size as it is, not scaled (GenView section 4.1: 1 %; 10 %: 0.02)
+lr_head: 1.0            # of the linear classifier (10 %: 0.2)
+milestones: []          # epochs after which both are multiplied by gamma; []: cosine per step to 0
+gamma: 0.2
+momentum: 0.9
+nesterov: false
+weight_decay: 0.0
+crop_scale: [0.08, 1.0] # random resized crops: share of the image's area
+flip: 0.5               # probability
+log_every: 10           # steps
+tensorboard: false
+"""
+
+BOOKKEEPING = ('checkpoint', 'output', 'device', 'num_workers', 'batch', 'log_every', 'tensorboard', 'subset.root')
+
+
+def check(config, world):
+    for key in ('checkpoint', 'train_beton', 'test_beton'):
+        if not isinstance(config[key], str):
+            raise Fail(f'{key}: must name a file, e.g. {key}=runs/...')
+    for key, value in (*((k, config[k]) for k in ('epochs', 'batch_size', 'batch', 'log_every')),
+                       ('image_size', config['image_size'] or 1), ('resize', config['resize'] or 1),
+                       *(('milestones', epoch) for epoch in config['milestones'])):
+        if type(value) is not int or value < 1:
+            raise Fail(f'{key}: {value} must be a whole number of at least 1')
+    for key in ('lr_backbone', 'lr_head', 'gamma'):
+        if not config[key] > 0:
+            raise Fail(f'{key}: {config[key]} must be above 0')
+    if not 0 < config['subset']['share'] <= 1:
+        raise Fail(f"subset.share: {config['subset']['share']} must be in (0, 1]; 0.01 is 1 %")
+    if config['batch_size'] % world or config['batch_size'] // world < 2:
+        raise Fail(f"batch_size: {config['batch_size']} (of all processes together) must be a multiple of the {world} "
+                   'processes, and leave each of them two images')
+
+
+def balanced(labels, share, seed):
+    """Positions of share * len(labels) images, as many of each class as the others (one more or less, fewer where a
+    class has not so many), drawn from the seed; sorted."""
+    random = np.random.default_rng(seed)
+    rank = np.empty(len(labels), np.int64)  # of an image in its class's random order
+    classes = random.permutation(np.unique(labels))  # which ones get one more
+    for label in classes:
+        rank[labels == label] = random.permutation(int((labels == label).sum()))
+    place = np.empty(labels.max() + 1, np.int64)
+    place[classes] = np.arange(len(classes))
+    return np.sort(np.lexsort((place[labels], rank))[:max(1, round(share * len(labels)))])
+
+
+def listed(path, root, sidecar, indices):
+    """Positions in the beton of the images that a file names, and how many of its lines the beton does not have.
+
+    indices: (N,) of the beton. Raises Fail when nothing, or less than 99 % of the list, is found."""
+    try:
+        names = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise Fail(f'subset.file: {path}: cannot be read: {error}') from None
+    position = {int(index): k for k, index in enumerate(indices)}
+    if all(name.isdigit() for name in names):
+        found = [position.get(int(name)) for name in names]
+    else:
+        spec = (sidecar['settings'] or {}).get('dataset')
+        if not spec:
+            raise Fail(f'subset.file: {path}: names files, and the beton does not say of which dataset; give indices')
+        source = source_dataset({**spec, **({'root': root} if root else {})})
+        if len(source) <= indices.max():
+            raise Fail(f"subset.file: {path}: {spec['name']} in {root or spec['root']} has {len(source)} images, the "
+                       'beton was written from more: set subset.root')
+        whole = any('/' in name for name in names)
+        by_name = {source.path(i) if whole else Path(source.path(i) or '').name: k for i, k in position.items()}
+        if len(by_name) < len(position):
+            raise Fail(f"subset.file: {path}: names files, but those of {spec['name']} are not different; give their "
+                       'paths from the root, or indices')
+        found = [by_name.get(name) for name in names]
+    chosen = np.array(sorted({k for k in found if k is not None}), np.int64)
+    lost = found.count(None)
+    if lost > 0.01 * len(names) or not len(chosen):
+        raise Fail(f'subset.file: {path}: {lost} of its {len(names)} images are not in the training beton, e.g. '
+                   f'{names[found.index(None)] if lost else "(empty)"}')
+    return chosen, lost
+
+
+def rate(step, steps, config):
+    """Factor of the learning rates at a step, with `steps` of them an epoch."""
+    if config['milestones']:
+        return config['gamma'] ** sum(step >= epoch * steps for epoch in config['milestones'])
+    return 0.5 * (1 + math.cos(math.pi * step / (steps * config['epochs'])))
+
+
+class Classifier(nn.Module):
+    """uint8 images (B, 3, S, S) -> scores (B, classes)."""
+
+    def __init__(self, backbone, classes, mean, std):
+        super().__init__()
+        self.backbone, self.head = backbone.requires_grad_(True), nn.Linear(backbone.feature_dim, classes)
+        nn.init.normal_(self.head.weight, 0, 0.01)
+        nn.init.zeros_(self.head.bias)
+        for name, values in (('mean', mean), ('std', std)):
+            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, images):
+        return self.head(self.backbone(normalize(images, self.mean, self.std)))
+
+
+def main(config):
+    processes = Processes(config['device'])
+    device, world = processes.device, processes.world
+    check(config, world)
+    dtype = precision_dtype(config['precision'], device)
+    backbone, info = load_backbone(config['checkpoint'], **config['backbone'])
+    mean, std = normalization(config['normalization'], (info['mean'], info['std']))
+    size = config['image_size'] or info['image_size'] or 224
+    folder = Path(config['output'] or f"{Path(config['checkpoint']).with_suffix('')}_semi")
+
+    # Data: everything is checked before anything is written
+    recipes = {'train': {'size': size, 'crop_scale': config['crop_scale'], 'flip': config['flip']},
+               'test': {'size': size, 'resize': config['resize'] or size, 'crop_scale': None}}
+
+    def images(part, **keywords):
+        return PairLoader(config[f'{part}_beton'], [recipes[part]], alpha=0, swap='first', seed=config['seed'],
+                          num_workers=config['num_workers'], pin_memory=device.type == 'cuda', **keywords)
+    everything = images('train', batch_size=1, verify=processes.main)
+    n_test = images('test', batch_size=1, verify=processes.main).sidecar['samples']
+    labels, indices = (everything.metadata[field].astype(np.int64) for field in ('f2', 'f3'))
+    if labels.min() < 0:
+        raise Fail(f"{config['train_beton']}: there are images without label (-1)")
+    subset = config['subset']
+    if subset['file']:
+        chosen, lost = listed(subset['file'], subset['root'], everything.sidecar, indices)
+    else:
+        chosen, lost = balanced(labels, subset['share'], config['seed']), 0
+    if config['batch_size'] > len(chosen):
+        raise Fail(f"batch_size: {config['batch_size']} is more than the {len(chosen)} images of the subset")
+    loader = images('train', batch_size=config['batch_size'] // world, rank=processes.rank, world=world, indices=chosen,
+                    verify=False)
+    mine = np.arange(processes.rank, n_test, world)
+    tests = images('test', batch_size=min(config['batch'], len(mine)), drop_last=False, shuffle=False, indices=mine,
+                   verify=False) if len(mine) else None
+    classes, steps = int(labels.max()) + 1, len(loader)
+
+    # The same question again: show the answer, or go on where it stopped
+    digest = sha256(json.dumps([everything.sidecar['crc32'], chosen.tolist()]).encode())
+    for name, value in backbone.state_dict().items():
+        digest.update(name.encode() + value.contiguous().numpy().tobytes())
+    identity = {**config, 'sha256': digest.hexdigest()}
+    results_path, checkpoint = folder / 'results.json', folder / 'checkpoint.pt'
+    for path, read in ((results_path, lambda p: json.loads(p.read_text())), (checkpoint, load_checkpoint)):
+        saved = read(path) if path.is_file() else None
+        changed = changed_keys(saved['config'], identity, BOOKKEEPING) if saved else []
+        if changed:
+            raise Fail(f"{path} was made with other settings: {'; '.join(changed)}. Go back to them, or set another "
+                       'output=')
+        if saved and path == results_path:
+            if processes.main:
+                print(f"{saved['summary']} (finished before: {results_path})")
+            return
+
+    seed_everything(config['seed'])  # the same on all processes: they build the same classifier
+    torch.set_float32_matmul_precision('high')
+    model = Classifier(backbone, classes, mean, std).to(device, memory_format=torch.channels_last)
+    model = synchronize_batch_norm(model, device)
+    optimizer = torch.optim.SGD([{'params': list(model.backbone.parameters()), 'base_lr': config['lr_backbone']},
+                                 {'params': list(model.head.parameters()), 'base_lr': config['lr_head']}], lr=0.0,
+                                momentum=config['momentum'], nesterov=config['nesterov'],
+                                weight_decay=config['weight_decay'])
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+    step, last_step = 0, steps * config['epochs']
+    if saved:
+        model.load_state_dict(saved['model'])
+        optimizer.load_state_dict(saved['optimizer'])
+        scaler.load_state_dict(saved['scaler'])
+        step = saved['step']
+        set_random_states(saved['random'])
+    wrapped = model
+    if world > 1:
+        warnings.filterwarnings('ignore', message='.*broadcast_buffers')  # torch 2.15's new name is too new
+        wrapped = DistributedDataParallel(model, device_ids=[device.index] if device.type == 'cuda' else None,
+                                          broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    stop = StopSignal()
+    log = Log(folder, config, processes.main, config['tensorboard'])
+    if processes.main:
+        atomic(folder / 'subset.txt', lambda p: p.write_text(''.join(f'{i}\n' for i in indices[chosen])))
+    source = config['normalization'] or ('its own' if info['mean'] else 'imagenet (the file names none)')
+    log.write(f"{config['checkpoint']}: {info['text']}{'; ' * bool(info['note'])}{info['note']}; normalisation "
+              f'{source}, {size} px; {len(chosen)} of {len(labels)} images, {classes} classes, {n_test} test images'
+              + f'; {lost} of the list are not in the beton' * (lost > 0))
+    decay = f"x {config['gamma']} after epochs {config['milestones']}" if config['milestones'] else 'cosine'
+    log.write(f"SGD, lr {config['lr_backbone']} (backbone) and {config['lr_head']} (head), not scaled by the batch; "
+              f"{decay}, momentum {config['momentum']}, weight decay {config['weight_decay']}, {config['epochs']} "
+              f"epochs of {steps} steps, global batch {config['batch_size']} on {world} process{'es' * (world > 1)} "
+              f"({device.type}, {str(dtype).split('.')[1]})" + (f'; resumed at step {step}' if saved else ''))
+    begin, leave, loss_sum, counted = time.perf_counter(), False, torch.zeros((), device=device), 0
+
+    def save():
+        if not torch.stack(torch._foreach_norm(list(model.parameters()))).isfinite().all():
+            raise Fail(f'step {step}: the weights are not finite; lower lr_backbone or lr_head, or set precision=fp32')
+        average_running_statistics(model)
+        if processes.main:
+            save_checkpoint(checkpoint, {
+                'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(),
+                'step': step, 'random': random_states(), 'config': identity})
+        processes.barrier()
+
+    bar = tqdm(total=last_step, initial=step, unit='step', dynamic_ncols=True, disable=None if processes.main else True)
+    model.train()
+    while step < last_step and not leave:
+        with closing(loader.epoch(step // steps, step % steps)) as batches:
+            for batch in batches:
+                for group in optimizer.param_groups:
+                    group['lr'] = group['base_lr'] * rate(step, steps, config)
+                with autocast:
+                    scores = wrapped(batch['views'][0].to(device, non_blocking=True))
+                loss = F.cross_entropy(scores.float(), batch['label'].to(device, non_blocking=True))
+                optimizer.zero_grad()
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+                loss_sum, counted, step = loss_sum + loss.detach(), counted + 1, step + 1
+                bar.update()
+                if step % config['log_every'] == 0 or step == last_step:
+                    mean_loss, factor = global_mean(loss_sum / counted), rate(step - 1, steps, config)
+                    log.write(f'epoch {step / steps:.2f}/{config["epochs"]}  step {step}/{last_step}  loss '
+                              f'{mean_loss:.4f}' if bar.disable else None, step=step, loss=mean_loss,
+                              lr_backbone=config['lr_backbone'] * factor, lr_head=config['lr_head'] * factor)
+                    loss_sum, counted = torch.zeros_like(loss_sum), 0
+                leave = processes.any(stop) and step < last_step
+                if leave:
+                    break
+        save()
+    bar.close()
+    if leave:
+        log.write(f'{stop.name or "stop signal"}: saved at step {step} of {last_step}; the same command resumes')
+        log.close()
+        sys.exit(stop.exit_code)
+
+    model.eval()
+    counts = torch.zeros(2, dtype=torch.double, device=device)
+    with torch.no_grad(), autocast, closing(tests.epoch(0) if tests else (_ for _ in ())) as batches:
+        for batch in tqdm(batches, 'test', len(tests or ()), disable=None if processes.main else True):
+            counts += hits(model(batch['views'][0].to(device)).float(), batch['label'].to(device))
+    top1, top5 = percent(counts, n_test, processes)
+    summary = (f"{config['checkpoint']}: fine-tuned on {len(chosen)} of {len(labels)} images: top-1 {top1:.2f}  top-5 "
+               f'{top5:.2f} ({n_test} test images)')
+    if processes.main:
+        save_json(results_path, {
+            'summary': summary, 'top1': top1, 'top5': top5, 'train_images': len(chosen), 'all_images': len(labels),
+            'test_images': n_test, 'classes': classes, 'mean': list(mean), 'std': list(std), 'image_size': size,
+            'seconds': round(time.perf_counter() - begin, 1), 'config': identity})
+        checkpoint.unlink(missing_ok=True)
+    log.write(f'{summary} -> {results_path}', step=step, top1=top1, top5=top5)
+    log.close()
+
+
+if __name__ == '__main__':
+    run(main, DEFAULTS)

@@ -1,0 +1,98 @@
+"""Transfer sets by name: official splits from trees in the layout of each set, and one line when a set is missing."""
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from data import HOMES, DataError, source_dataset  # noqa: E402
+
+
+def put(path, *names):
+    for name in names:
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 9, 3), 7, np.uint8)).save(path / name)
+
+
+def write(path, *lines):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text('\n'.join(lines) + '\n')
+
+
+def read(root, name, split):
+    """Paths and labels; every image opens."""
+    source = source_dataset({'name': name, 'root': str(root), 'split': split})
+    assert all(source[i][0].size == (9, 8) and source[i][1] == source.labels[i] for i in range(len(source)))
+    return [source.path(i) for i in range(len(source))], source.labels.tolist()
+
+
+def test_food101_and_pets_and_aircraft(tmp_path):
+    put(tmp_path / 'food-101/images', 'pie/1.jpg', 'pie/2.jpg', 'soup/3.jpg')
+    for split, files in (('train', {'pie': ['pie/1'], 'soup': ['soup/3']}), ('test', {'pie': ['pie/2'], 'soup': []})):
+        write(tmp_path / f'food-101/meta/{split}.json', json.dumps(files))
+    assert read(tmp_path, 'Food101', 'train') == (['food-101/images/pie/1.jpg', 'food-101/images/soup/3.jpg'], [0, 1])
+    assert read(tmp_path, 'Food101', 'test') == read(tmp_path, 'Food101', 'val') == (['food-101/images/pie/2.jpg'], [0])
+
+    put(tmp_path / 'oxford-iiit-pet/images', 'Abyssinian_1.jpg', 'pug_2.jpg', 'pug_3.jpg')
+    write(tmp_path / 'oxford-iiit-pet/annotations/trainval.txt', 'Abyssinian_1 1 1 1', 'pug_2 2 2 1')
+    write(tmp_path / 'oxford-iiit-pet/annotations/test.txt', 'pug_3 2 2 1')
+    paths, labels = read(tmp_path, 'OxfordIIITPet', 'train')
+    assert labels == [0, 1] and paths[1] == 'oxford-iiit-pet/images/pug_2.jpg'
+    assert read(tmp_path, 'OxfordIIITPet', 'test')[1] == [1]
+
+    home = tmp_path / 'fgvc-aircraft-2013b/data'
+    put(home / 'images', '1.jpg', '2.jpg', '3.jpg')
+    write(home / 'variants.txt', '707', 'A 300')
+    write(home / 'images_variant_trainval.txt', '1 A 300', '2 707')
+    write(home / 'images_variant_test.txt', '3 A 300')
+    assert read(tmp_path, 'FGVCAircraft', 'train')[1] == [1, 0] and read(tmp_path, 'FGVCAircraft', 'test')[1] == [1]
+
+
+def test_dtd_trains_on_training_and_validation_images(tmp_path):
+    put(tmp_path / 'dtd/dtd/images', *(f'{c}/{i}.jpg' for c in ('dotted', 'woven') for i in range(3)))
+    for i, split in enumerate(('train', 'val', 'test')):
+        write(tmp_path / f'dtd/dtd/labels/{split}1.txt', f'dotted/{i}.jpg', f'woven/{i}.jpg')
+    paths, labels = read(tmp_path, 'DTD', 'train')
+    assert [Path(p).parts[-2:] for p in paths] == [('dotted', '0.jpg'), ('woven', '0.jpg'), ('dotted', '1.jpg'),
+                                                   ('woven', '1.jpg')] and labels == [0, 1, 0, 1]
+    assert len(read(tmp_path, 'DTD', 'val')[0]) == len(read(tmp_path, 'DTD', 'test')[0]) == 2
+
+
+def test_sun397_has_its_first_partition(tmp_path):
+    home = tmp_path / 'SUN397'
+    put(home, 'a/abbey/sun_1.jpg', 'b/bow_window/indoor/sun_2.jpg', 'b/bow_window/indoor/sun_3.jpg')
+    write(home / 'ClassName.txt', '/a/abbey', '/b/bow_window/indoor')
+    with pytest.raises(DataError, match='Training_01.txt is not there: unpack Partitions.zip'):
+        read(tmp_path, 'SUN397', 'train')
+    write(home / 'Training_01.txt', '/b/bow_window/indoor/sun_2.jpg', '/a/abbey/sun_1.jpg')
+    write(home / 'Testing_01.txt', '/b/bow_window/indoor/sun_3.jpg')
+    assert read(tmp_path, 'SUN397', 'train') == (['b/bow_window/indoor/sun_2.jpg', 'a/abbey/sun_1.jpg'], [1, 0])
+    assert read(tmp_path, 'SUN397', 'test') == (['b/bow_window/indoor/sun_3.jpg'], [1])
+
+
+def test_caltech101_has_30_images_of_each_class_always_the_same(tmp_path):
+    home = tmp_path / 'caltech101/101_ObjectCategories'
+    for name, number in (('BACKGROUND_Google', 2), ('Faces', 34), ('ant', 31)):
+        put(home, *(f'{name}/image_{i:04d}.jpg' for i in range(1, number + 1)))
+    train, labels = read(tmp_path, 'Caltech101', 'train')
+    test, test_labels = read(tmp_path, 'Caltech101', 'test')
+    assert labels == [0] * 30 + [1] * 30 and test_labels == [0] * 4 + [1]
+    assert not set(train) & set(test) and len(set(train) | set(test)) == 65
+    assert train == read(tmp_path, 'Caltech101', 'train')[0]
+    assert train[:30] != sorted(train + test)[:30]                      # drawn, not the first ones
+    assert test == ['Faces/image_0001.jpg', 'Faces/image_0009.jpg', 'Faces/image_0023.jpg', 'Faces/image_0026.jpg',
+                    'ant/image_0029.jpg']                               # these, on every machine
+
+
+@pytest.mark.parametrize('name', HOMES)
+def test_a_set_that_is_not_there_is_one_line_that_says_what_to_download_and_where_to_put_it(tmp_path, name):
+    with pytest.raises(DataError) as error:
+        source_dataset({'name': name, 'root': str(tmp_path)})
+    source, there = HOMES[name]
+    assert source in str(error.value) and str(tmp_path / there) in str(error.value) and '\n' not in str(error.value)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,387 @@
+"""The experiments that ship: every YAML loads, passes the checks of its stage and builds, its inputs are made by other
+YAMLs, and it holds what the papers print. The tables below were typed in from the papers, not from the YAMLs."""
+import functools
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from timm.optim import Lars
+from torch import nn
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import fg_proportion  # noqa: E402
+import gen_views  # noqa: E402
+import linear_eval  # noqa: E402
+import pretrain  # noqa: E402
+import semi_eval  # noqa: E402
+from common import load_config  # noqa: E402
+
+STAGES = {module.__name__: module for module in (fg_proportion, gen_views, pretrain, linear_eval, semi_eval)}
+FILES = sorted((path.parent.name, path.stem) for path in (ROOT / 'yamls').glob('*/*.yaml'))
+NO_ROW = {'demo', 'demo_test', 'effect', 'folder', 'folder_test', 'sanity'}  # not of a paper
+PRETRAIN = [name for stage, name in FILES if stage == 'pretrain']
+
+
+def path(stage, name):
+    return ROOT / 'yamls' / stage / f'{name}.yaml'
+
+
+@functools.cache
+def config(stage, name):
+    return load_config(STAGES[stage].DEFAULTS, [str(path(stage, name))])
+
+
+@functools.cache
+def flat(name):
+    return pretrain.flat(config('pretrain', name))
+
+
+@functools.cache
+def build(name):
+    with torch.device('meta'):
+        model = pretrain.build_model(config('pretrain', name), steps_per_epoch=100)
+    return model, pretrain.build_optimizer(model, config('pretrain', name))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# GenView's tables
+
+TABLE_9 = {  # optimizer, learning rate, weight decay, momentum, batch size, loss, epochs, backbone, embedding and
+             # projection dimension
+    'in1k_mocov2':       ('SGD',   0.03,   1e-4, 0.9,  256,  'NCE', 200, 'resnet50',  2048, 128),
+    'in1k_swav':         ('LARS',  0.6,    1e-4, 0.9,  256,  'KL',  200, 'resnet50',  2048, 128),
+    'in1k_simsiam':      ('SGD',   0.05,   1e-4, 0.9,  256,  'COS', 200, 'resnet50',  2048, 2048),
+    'in1k_byol':         ('LARS',  4.8,    1e-6, 0.9,  4096, 'COS', 200, 'resnet50',  2048, 256),
+    'in1k_mocov3_100ep': ('LARS',  9.6,    1e-6, 0.9,  4096, 'NCE', 100, 'resnet50',  2048, 256),
+    'in1k_mocov3_300ep': ('LARS',  4.8,    1e-6, 0.9,  4096, 'NCE', 300, 'resnet50',  2048, 256),
+    'in1k_mocov3_vits':  ('AdamW', 2.4e-3, 0.1,  None, 4096, 'NCE', 300, 'vit_small', 384,  256),
+    'in1k_mocov3_vitb':  ('AdamW', 2.4e-3, 0.1,  None, 4096, 'NCE', 300, 'vit_base',  768,  256)}
+FIFTY = ('LARS', 1.2, 1e-6, 0.9, 512, 'NCE', 50, 'resnet50', 2048, 256)     # appendix A for Table 4; 1.2/512 in Table 9
+IN100 = ('LARS', 1.2, 1e-6, 0.9, 512, 'NCE', 100, 'resnet18', 512, 256)     # section 4.2, for Tables 6 and 7
+SMALL = {'cifar10':  (32, 500, 512, 0.99, 4096),    # appendix A for Table 5: image size, epochs, batch size, momentum
+         'cifar100': (32, 500, 512, 0.99, 4096),    # of the momentum encoder, memory buffer
+         'tinyin':   (64, 200, 256, 0.996, 16384)}
+TABLE_1 = {'in1k_mocov2': '67.5 70.0', 'in1k_swav': '70.5 71.7', 'in1k_simsiam': '70.0 72.2', 'in1k_byol': '71.8 73.2',
+           'in1k_mocov3_100ep': '68.9 72.7', 'in1k_mocov3_300ep': '72.8 74.8', 'in1k_mocov3_vits': '73.2 74.5',
+           'in1k_mocov3_vitb': '76.7 77.8'}         # without, with GenView
+TABLE_4 = {'alpha000': '62.39 84.57', 'laion': '63.31 85.53', 'in21k': '64.10 85.86', 'synthetic': '63.36 85.14',
+           'framework150k': '65.62 87.25'}          # top-1, top-5
+TABLE_5 = {'cifar10': '93.00 93.56', 'cifar100': '67.49 67.53', 'tinyin': '56.76 54.79'}    # MoCov2, BYOL + GenView
+TABLE_6 = {('', '', ''): ('65.52', 'baseline'), ('', '', 'quality'): ('66.97', 'quality'),
+           ('ours', '', ''): ('71.50', 'constant200'), ('ours', 'adaptive', ''): ('73.96', 'adaptive'),
+           ('ours', '', 'quality'): ('74.88', 'constant200_quality'),
+           ('ours', 'adaptive', 'quality'): ('75.40', 'genview')}
+TABLE_7 = {'CS(0)': '71.80', 'CS(100)': '72.14', 'CS(200)': '71.50', 'CS(300)': '71.76', 'CS(400)': '72.08',
+           'RS': '72.96', 'AS': '73.96'}
+TABLE_8 = {0: '62.39 84.57', 0.1: '65.86 87.10', 0.3: '68.38 89.02', 0.5: '69.04 89.29', 0.8: '69.47 89.49',
+           1.0: '70.55 90.34'}                      # top-1, top-5
+
+
+def table_7_file(column):
+    return {'RS': 'random', 'AS': 'adaptive'}.get(column) or f"constant{int(column.strip('CS()')):03}"
+
+
+ROWS = [  # paper, table, file, numbers of its first line: every pretraining row of the papers that is ours to train
+    *(('GenView', 'Table 1', f'{name}_{kind}', [number]) for name, numbers in TABLE_1.items()
+      for kind, number in zip(('baseline', 'genview'), numbers.split())),
+    *(('GenView', 'Table 4', f'in1k_mocov3_{what}', numbers.split()) for what, numbers in TABLE_4.items()),
+    *(('GenView', 'Table 5', f'{dataset}_{method}_genview', [number]) for dataset, numbers in TABLE_5.items()
+      for method, number in zip(('mocov2', 'byol'), numbers.split())),
+    *(('GenView', 'Table 5', f'{dataset}_{method}_baseline', ['no number in the paper']) for dataset in TABLE_5
+      for method in ('mocov2', 'byol')),
+    *(('GenView', 'Table 6', f'in100_mocov3_{what}', [number]) for number, what in TABLE_6.values()),
+    *(('GenView', 'Table 7', f'in100_mocov3_{table_7_file(column)}', [f'"{column}"', number])
+      for column, number in TABLE_7.items()),
+    *(('GenView', 'Table 8', f'in1k_mocov3_alpha{round(100 * alpha):03}', [f'alpha {alpha}', *numbers.split()])
+      for alpha, numbers in TABLE_8.items()),
+    ('GenCL', 'Tables 2 and 3', 'in1k_vicreg_gencl', ['65.8', '86.6']),
+    ('COP-Gen', 'Table 1', 'in1k_simclr_copgen', ['49.44', '75.58']),
+    ('Hierarchical-latent', 'Table 2', 'in1k_simsiam_hl', ['49.1', '74.2']),
+    ('Hierarchical-latent', 'Table 3', 'lsuncars_simsiam_hl', ['33.4 +- 0.8'])]
+LOSSES = {'NCE': ('mocov2', 'mocov3'), 'KL': ('swav',), 'COS': ('simsiam', 'byol')}
+OPTIMIZERS = {'SGD': torch.optim.SGD, 'LARS': Lars, 'AdamW': torch.optim.AdamW}
+
+
+def assert_table_9(name, optimizer, lr, weight_decay, momentum, batch, loss, epochs, backbone, embedding, projection):
+    settings = config('pretrain', name)
+    model, built = build(name)
+    assert type(built) is OPTIMIZERS[optimizer]
+    assert (settings['optimizer']['lr'], settings['batch_size'], settings['epochs']) == (lr, batch, epochs)
+    for group in built.param_groups:
+        assert group['weight_decay'] == (0 if group['exclude'] else weight_decay)
+        assert group.get('momentum') == momentum
+    excluded = any(group['exclude'] for group in built.param_groups)    # norms and biases, as the official codes
+    assert excluded == (optimizer == 'LARS' and loss != 'KL')
+    assert settings['method'] in LOSSES[loss]
+    assert settings['backbone']['arch'] == backbone and model.backbone.feature_dim == embedding
+    assert [layer.out_features for layer in model.projector if isinstance(layer, nn.Linear)][-1] == projection
+
+
+@pytest.mark.parametrize('kind', ['baseline', 'genview'])
+@pytest.mark.parametrize('name', TABLE_9)
+def test_settings_of_table_9(name, kind):
+    assert_table_9(f'{name}_{kind}', *TABLE_9[name])
+    assert config('pretrain', f'{name}_{kind}')['image_size'] == 224
+
+
+@pytest.mark.parametrize('name', [name for name in PRETRAIN if name.startswith('in100_')])
+def test_settings_of_tables_6_and_7(name):
+    assert_table_9(name, *IN100)
+
+
+@pytest.mark.parametrize('name', [f'in1k_mocov3_{what}' for what in
+                                  (*TABLE_4, *(f'alpha{round(100 * alpha):03}' for alpha in TABLE_8))])
+def test_settings_of_tables_4_and_8(name):
+    assert_table_9(name, *FIFTY)
+
+
+@pytest.mark.parametrize('kind', ['baseline', 'genview'])
+@pytest.mark.parametrize('method', ['mocov2', 'byol'])
+@pytest.mark.parametrize('dataset', SMALL)
+def test_settings_of_table_5(dataset, method, kind):
+    name = f'{dataset}_{method}_{kind}'
+    size, epochs, batch, momentum, buffer = SMALL[dataset]
+    loss = 'NCE' if method == 'mocov2' else 'COS'
+    assert_table_9(name, 'SGD', 0.5, 5e-4, 0.9, batch, loss, epochs, 'resnet18', 512, 128)
+    values = flat(name)
+    assert values['image_size'] == size and values['optimizer.warmup_epochs'] == 10
+    assert values['backbone.stem'] == 'cifar'       # 3x3 stride 1, no max-pool
+    if method == 'mocov2':
+        assert (values['moco.momentum'], values['moco.queue'], values['moco.temperature']) == (momentum, buffer, 0.2)
+    else:
+        assert values['byol.momentum'] == momentum
+    for view in ('view_1', 'view_2'):
+        recipe = config('pretrain', name)[view]
+        assert recipe['crop_scale'] == [0.2, 1.0] and recipe['jitter'][:3] == [0.4] * 3
+        assert recipe['jitter_prob'] == 0.8 and recipe['blur_prob'] == 0.5 and recipe['solarize_prob'] == 0
+
+
+# What GenView leaves open, from the official codes: warm-up epochs, last learning rate, smallest crop, jitter, blur and
+# solarize of both views, and keys of the method
+MOCO_V2_VIEWS = (0.2, [0.4, 0.4, 0.4, 0.1], (0.5, 0.5), (0, 0))
+MOCO_V3_VIEWS = (0.2, [0.4, 0.4, 0.2, 0.1], (1, 0.1), (0, 0.2))
+BYOL_VIEWS = (0.08, *MOCO_V3_VIEWS[1:])
+NO_BLUR = (0.2, [0.4, 0.4, 0.4, 0.1], (0, 0), (0, 0))
+V3 = {'mocov3.momentum': 0.99, 'mocov3.momentum_end': 1, 'mocov3.hidden': 4096}
+R50 = (10, 0, *MOCO_V3_VIEWS, {**V3, 'mocov3.temperature': 1.0, 'backbone.zero_init_residual': False})
+VIT = (40, 0, *BYOL_VIEWS, {**V3, 'mocov3.temperature': 0.2, 'backbone.patch_size': 16})
+OFFICIAL = {
+    'in1k_mocov2_': (0, 0, *MOCO_V2_VIEWS, {'moco.queue': 65536, 'moco.momentum': 0.999, 'moco.temperature': 0.2,
+                                            'moco.bn_splits': 8, 'moco.symmetric': False}),
+    'in1k_swav_': (0, 6e-4, 0.14, [0.8, 0.8, 0.8, 0.2], (0.5, 0.5), (0, 0), {
+        'small_crops.count': 6, 'small_crops.size': 96, 'small_crops.crop_scale': [0.05, 0.14], 'swav.prototypes': 3000,
+        'swav.temperature': 0.1, 'swav.epsilon': 0.05, 'swav.iterations': 3, 'swav.hidden': 2048, 'swav.queue': 3840,
+        'swav.queue_from_epoch': 15, 'swav.freeze_prototypes': 5005, 'backbone.zero_init_residual': True}),
+    'in1k_simsiam_(baseline|genview)': (0, 0, *MOCO_V2_VIEWS, {
+        'simsiam.hidden': 512, 'simsiam.fix_predictor_lr': True}),
+    'in1k_byol_': (10, 0, *BYOL_VIEWS, {
+        'byol.hidden': 4096, 'byol.momentum': 0.99, 'byol.momentum_end': 1, 'backbone.zero_init_residual': False}),
+    'in1k_mocov3_(?!vit)': R50, 'in100_mocov3_': R50, 'in1k_mocov3_vit': VIT,
+    'in1k_vicreg_gencl': (10, 6.25e-4, *BYOL_VIEWS, {
+        'method': 'vicreg', 'batch_size': 800, 'epochs': 100, 'optimizer.name': 'lars', 'optimizer.lr': 0.625,
+        'optimizer.weight_decay': 1e-6, 'vicreg.dim': 8192, 'vicreg.hidden': 8192, 'vicreg.invariance': 25,
+        'vicreg.variance': 25, 'vicreg.covariance': 1}),
+    'in1k_simclr_copgen': (0, 2.625e-5, *NO_BLUR, {
+        'method': 'simclr', 'batch_size': 224, 'epochs': 100, 'optimizer.name': 'sgd', 'optimizer.lr': 0.02625,
+        'optimizer.weight_decay': 1e-4, 'image_size': 128, 'simclr.norm': False, 'simclr.dim': 128,
+        'simclr.temperature': 0.1, 'backbone.zero_init_residual': False}),
+    'in1k_simsiam_hl': (10, 0.02, *NO_BLUR, {'batch_size': 1024, 'optimizer.lr': 0.2}),
+    'lsuncars_simsiam_hl': (0, 0.01, *NO_BLUR, {'batch_size': 512, 'optimizer.lr': 0.1}),
+    '.*_simsiam_hl': (None, None, *NO_BLUR, {
+        'method': 'simsiam', 'epochs': 100, 'optimizer.name': 'sgd', 'optimizer.weight_decay': 1e-4, 'image_size': 112,
+        'simsiam.dim': 2048, 'simsiam.hidden': 512, 'simsiam.fix_predictor_lr': True})}
+
+
+@pytest.mark.parametrize('pattern', OFFICIAL)
+def test_what_the_paper_leaves_open_is_as_in_the_official_codes(pattern):
+    warmup, final, crop, jitter, blur, solarize, keys = OFFICIAL[pattern]
+    names = [name for name in PRETRAIN if re.match(pattern, name)]
+    assert names
+    for name in names:
+        values = flat(name)
+        assert {key: values[key] for key in keys} == keys
+        for k, view in enumerate(('view_1', 'view_2')):
+            recipe = config('pretrain', name)[view]
+            assert recipe == {
+                'crop_scale': [crop, 1.0], 'flip': 0.5, 'jitter': jitter, 'jitter_prob': 0.8, 'gray_prob': 0.2,
+                'blur_prob': blur[k], 'blur_sigma': [0.1, 2.0], 'solarize_prob': solarize[k]}
+        if warmup is not None:
+            assert (values['optimizer.warmup_epochs'], values['optimizer.final_lr']) == (warmup, final)
+
+
+@pytest.mark.parametrize('name', [name for name in PRETRAIN if name not in NO_ROW])
+def test_learning_rate_warms_up_and_decays_on_a_cosine(name):
+    settings, epochs = config('pretrain', name)['optimizer'], config('pretrain', name)['epochs']
+    rate = functools.partial(pretrain.learning_rate, steps_per_epoch=100, epochs=epochs, optimizer=settings)
+    warmup = 100 * settings['warmup_epochs']
+    assert max(map(rate, range(0, 100 * epochs, 50))) <= settings['lr'] == rate(warmup)
+    assert not warmup or rate(warmup // 2) == pytest.approx(settings['lr'] / 2, rel=0.01)
+    assert rate((warmup + 100 * epochs) // 2) == pytest.approx((settings['lr'] + settings['final_lr']) / 2)
+    assert rate(100 * epochs - 1) == pytest.approx(settings['final_lr'], abs=1e-5 * settings['lr'])
+    rule = re.search(r'^  lr: *(\S+) *# (\S+) x batch / 256$', path('pretrain', name).read_text(), re.MULTILINE)
+    assert not rule or settings['lr'] == pytest.approx(float(rule[2]) * config('pretrain', name)['batch_size'] / 256)
+
+
+def test_rows_of_tables_4_to_8_differ_in_what_the_tables_say():
+    def of(what):
+        values = flat(f'in100_mocov3_{what}')
+        first, rest = values['data.beton']
+        views = {c['output']: c for stage, name in FILES if stage == 'gen_views' for c in [config(stage, name)]}
+        assert rest == 'runs/in100/rest/pairs.beton' and views['runs/in100/rest']['strategy'] == 'none'
+        return values['data.alpha'], values['quality.enabled'], views[first.removesuffix('/pairs.beton')]
+
+    for (framework, adaptive, quality), (_, what) in TABLE_6.items():
+        alpha, enabled, views = of(what)
+        assert (alpha, enabled) == (1.0 if framework else 0.0, bool(quality)), what
+        if framework:
+            assert (views['strategy'], views['noise_level']) == ('adaptive' if adaptive else 'constant', 200), what
+    for column in TABLE_7:
+        alpha, enabled, views = of(table_7_file(column))
+        assert (alpha, enabled) == (1.0, False)
+        assert views['strategy'] == {'C': 'constant', 'R': 'random', 'A': 'adaptive'}[column[0]]
+        assert column[0] != 'C' or f"CS({views['noise_level']})" == column
+    for alpha in TABLE_8:
+        values = flat(f'in1k_mocov3_alpha{round(100 * alpha):03}')
+        assert values['data.alpha'] == alpha and values['data.beton'] == 'runs/in1k/views/pairs.beton'
+    for what in TABLE_4:
+        assert (flat(f'in1k_mocov3_{what}')['data.alpha'] == 1) == (what == 'framework150k')
+
+
+def different(a, b):
+    return {key for key in flat(a) if flat(a)[key] != flat(b)[key]}
+
+
+@pytest.mark.parametrize('name', [name.removesuffix('_genview') for name in PRETRAIN if name.endswith('_genview')])
+def test_baseline_differs_in_nothing_but_alpha_and_quality(name):
+    genview, baseline = f'{name}_genview', f'{name}_baseline'
+    allowed = {'output', 'data.alpha', 'normalization', *(key for key in flat(genview) if key.startswith('quality.'))}
+    assert different(genview, baseline) <= allowed
+    assert (flat(genview)['data.alpha'], flat(baseline)['data.alpha']) == (1, 0)
+    assert flat(genview)['quality.enabled'] and not flat(baseline)['quality.enabled']
+
+
+def test_rows_of_a_table_differ_in_nothing_else():
+    quality = {key for key in flat('in100_mocov3_genview') if key.startswith('quality.')}
+    for first, allowed in (('in100_mocov3_genview', {'output', 'data.beton', 'data.alpha', 'normalization', *quality}),
+                           ('in1k_mocov3_alpha000', {'output', 'data.alpha'}),
+                           ('in1k_mocov3_laion', {'output', 'data.beton', 'data.alpha'})):
+        names = [f'in1k_mocov3_{what}' for what in TABLE_4] if first.endswith('laion') else \
+            [name for name in PRETRAIN if name.startswith(re.match(r'in100_mocov3_|.*alpha', first)[0])]
+        assert len(names) > 4
+        for name in names:
+            assert different(first, name) <= allowed, name
+
+
+@pytest.mark.parametrize('stage, name', [f for f in FILES if f[0] != 'pretrain' and f[1] not in NO_ROW])
+def test_views_are_made_as_appendix_a_says(stage, name):
+    settings, paper = config(stage, name), name.startswith(('in1k', 'in100'))  # else: the embedded models
+    if stage == 'fg_proportion':
+        assert (settings['pca_images'], settings['foreground_share']) == (10_000, 0.40)
+        assert settings['proportions'] != name.endswith('_quality')
+        clip = ('convnext_base_w', 'laion2b_s13b_b82k_augreg', 224) if name.endswith('_quality') else \
+            ('ViT-H-14', 'laion2b_s32b_b79k', None)
+        assert tuple(settings['clip'].values()) == (clip if paper else ('tiny/clip', None, None))
+    if stage == 'gen_views' and settings['proportions']:
+        strategy, level = re.search(r'_(adaptive|random|constant|150k|300k)(\d*)$', name).groups()
+        assert settings['strategy'] == strategy.replace('150k', 'constant').replace('300k', 'constant')
+        assert settings['noise_level'] == int(level or 200) and settings['generator']['steps'] == 20
+        assert settings['generator']['guidance_scale'] == 10 or not paper
+        size = {'cifar10': 32, 'cifar100': 32, 'tinyin': 64}.get(name.split('_')[0], 512)
+        assert settings['view_size'] == size
+        subset = {'in100': 50_000, 'in1k_150k': 150_000, 'in1k_300k': 300_000}
+        assert settings['dataset']['subset'] == subset.get(name, subset.get(name.split('_')[0]))
+
+
+@pytest.mark.parametrize('name', [name for name in PRETRAIN if name.startswith(('in1k', 'in100', 'lsuncars'))])
+def test_normalization_is_clips_with_the_quality_encoder_and_imagenets_without(name):
+    mean, _ = pretrain.normalization(config('pretrain', name)['normalization'])
+    assert mean == (pretrain.CLIP_MEAN if flat(name)['quality.enabled'] else pretrain.IMAGENET_MEAN)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Every file
+
+@pytest.mark.parametrize('stage, name', FILES)
+def test_passes_the_checks_of_its_stage(stage, name):
+    for world in (1, 2, 4, 8):
+        STAGES[stage].check(config(stage, name), *([] if stage in ('fg_proportion', 'gen_views') else [world]))
+    if stage == 'pretrain':
+        pretrain.normalization(config(stage, name)['normalization'])
+
+
+@pytest.mark.parametrize('name', PRETRAIN)
+def test_builds_model_and_optimizer(name):
+    model, optimizer = build(name)
+    assert {t.device.type for t in (*model.parameters(), *model.buffers())} == {'meta'}
+    trained = [id(p) for p in model.parameters() if p.requires_grad]
+    assert sorted(trained) == sorted(id(p) for group in optimizer.param_groups for p in group['params'])
+
+
+@pytest.mark.parametrize('stage, name', FILES)
+def test_heading_names_paper_table_and_cost(stage, name):
+    lines = path(stage, name).read_text().splitlines()
+    assert lines[0].startswith('# ')
+    if name not in NO_ROW:
+        paper, tables = re.match(r'# (GenView|GenCL|COP-Gen|Hierarchical-latent) Tables? (\d(?: and \d)?)',
+                                 lines[0]).groups()
+        known = ' '.join(' '.join(numbers) for who, table, _, numbers in ROWS
+                         if who == paper and set(table) & set(tables) & set('123456789'))
+        assert set(re.findall(r'top-[15] ([\d.]+)', lines[0])) <= set(known.split())
+        assert max(map(len, lines)) <= 120
+    if name not in NO_ROW or stage in ('fg_proportion', 'gen_views'):
+        assert lines[1].startswith('# Cost: ')
+
+
+def test_every_row_has_its_file_and_expected_number():
+    assert {name for _, _, name, _ in ROWS} == set(PRETRAIN) - NO_ROW
+    for paper, table, name, numbers in ROWS:
+        first = path('pretrain', name).read_text().splitlines()[0]
+        assert first.startswith(f'# {paper} Table') and table in first, name
+        architecture = {'resnet': 'ResNet-', 'vit_small': 'ViT-S', 'vit_base': 'ViT-B'}
+        shown = re.sub('|'.join(architecture), lambda m: architecture[m[0]], flat(name)['backbone.arch'])
+        assert f"{shown}, {flat(name)['epochs']} epochs" in first, name
+        for number in numbers:
+            assert re.search(rf'(?<![\d.]){re.escape(number)}(?!\d)', first), (name, number)
+        dataset = {'in1k': 'IN-1K', 'in100': 'IN-100', 'cifar10': 'CIFAR-10', 'cifar100': 'CIFAR-100',
+                   'tinyin': 'Tiny-ImageNet', 'lsuncars': 'LSUN Cars'}[name.split('_')[0]]
+        assert re.search(rf'{dataset}(?!\d)', first), name
+
+
+def test_inputs_are_outputs_of_other_experiments():
+    made = {stage: {} for stage in STAGES}
+    for stage, name in FILES:
+        output = config(stage, name)['output']
+        if stage in ('fg_proportion', 'gen_views', 'pretrain'):
+            assert output not in made[stage], f'{stage}/{name} writes where another one does'
+            made[stage][output] = config(stage, name)
+    assert len({output for outputs in made.values() for output in outputs}) == sum(map(len, made.values()))
+    for stage, name in FILES:
+        settings = config(stage, name)
+        if stage == 'gen_views' and settings['strategy'] != 'none':
+            source = made['fg_proportion'][settings['proportions']]
+            assert source['proportions'], name
+            keys = ('name', 'root', 'split', 'subset')      # of the same images
+            assert [source['dataset'][k] for k in keys] == [settings['dataset'][k] for k in keys], name
+        if stage == 'pretrain' and name not in NO_ROW:
+            assert settings['output'] == f"runs/{name.replace('_', '/', 1)}"
+        if stage == 'pretrain':
+            betons = settings['data']['beton']
+            betons = betons if isinstance(betons, list) else [betons]
+            betons = [made['gen_views'][beton.removesuffix('/pairs.beton')] for beton in betons]
+            assert settings['data']['alpha'] == 0 or any(b['strategy'] != 'none' for b in betons), name
+            assert len({beton['image_size'] for beton in betons}) == 1, name
+            for beton in betons:
+                for stored in (beton['image_size'], beton['view_size'] if beton['strategy'] != 'none' else None):
+                    assert stored is None or stored >= settings['image_size'], name
+        if stage == 'pretrain' and settings['quality']['enabled'] and name != 'folder':  # its component: see the README
+            source = made['fg_proportion'][settings['quality']['pc'].removesuffix('/fg_proportion.npz')]
+            assert source['clip'] == settings['quality']['clip'], name
+        if stage in ('linear_eval', 'semi_eval'):
+            checkpoint = settings['checkpoint'].removesuffix('/backbone.pt')
+            assert name == 'sanity' or checkpoint in made['pretrain'], name
+            for key in ('train_beton', 'test_beton'):
+                folder = re.sub('^runs/transfer/[^/]*', 'runs/transfer/DTD', settings[key].removesuffix('/pairs.beton'))
+                assert folder in made['gen_views'], name  # the YAMLs of the transfer sets name one of them
