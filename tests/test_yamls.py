@@ -12,14 +12,17 @@ from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import detect_eval  # noqa: E402
 import fg_proportion  # noqa: E402
 import gen_views  # noqa: E402
 import linear_eval  # noqa: E402
 import pretrain  # noqa: E402
 import semi_eval  # noqa: E402
+import view_eval  # noqa: E402
 from common import load_config  # noqa: E402
 
-STAGES = {module.__name__: module for module in (fg_proportion, gen_views, pretrain, linear_eval, semi_eval)}
+STAGES = {module.__name__: module for module in (fg_proportion, gen_views, pretrain, linear_eval, semi_eval, detect_eval,
+                                                 view_eval)}
 FILES = sorted((path.parent.name, path.stem) for path in (ROOT / 'yamls').glob('*/*.yaml'))
 NO_ROW = {'demo', 'demo_test', 'effect', 'folder', 'folder_test', 'sanity'}  # not of a paper
 PRETRAIN = [name for stage, name in FILES if stage == 'pretrain']
@@ -307,7 +310,7 @@ def test_normalization_is_clips_with_the_quality_encoder_and_imagenets_without(n
 @pytest.mark.parametrize('stage, name', FILES)
 def test_passes_the_checks_of_its_stage(stage, name):
     for world in (1, 2, 4, 8):
-        STAGES[stage].check(config(stage, name), *([] if stage in ('fg_proportion', 'gen_views') else [world]))
+        STAGES[stage].check(config(stage, name), *([] if stage in ('fg_proportion', 'gen_views', 'view_eval') else [world]))
     if stage == 'pretrain':
         pretrain.normalization(config(stage, name)['normalization'])
 
@@ -379,9 +382,11 @@ def test_inputs_are_outputs_of_other_experiments():
         if stage == 'pretrain' and settings['quality']['enabled'] and name != 'folder':  # its component: see the README
             source = made['fg_proportion'][settings['quality']['pc'].removesuffix('/fg_proportion.npz')]
             assert source['clip'] == settings['quality']['clip'], name
-        if stage in ('linear_eval', 'semi_eval'):
+        if stage == 'view_eval':
+            assert settings['pairs'].removesuffix('/pairs.beton') in made['gen_views'], name
+        if stage in ('linear_eval', 'semi_eval', 'detect_eval'):
             checkpoint = settings['checkpoint'].removesuffix('/backbone.pt')
             assert name == 'sanity' or checkpoint in made['pretrain'], name
-            for key in ('train_beton', 'test_beton'):
+            for key in ('train_beton', 'test_beton') if stage != 'detect_eval' else ():
                 folder = re.sub('^runs/transfer/[^/]*', 'runs/transfer/DTD', settings[key].removesuffix('/pairs.beton'))
                 assert folder in made['gen_views'], name  # the YAMLs of the transfer sets name one of them

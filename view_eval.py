@@ -1,0 +1,236 @@
+"""How good generated views are: CLIP cosine between original and view (GenView Table 10), over all and by noise level;
+quality of the pairs (eq. 12); retrieval of the nearest other image for comparison; the best and worst pairs to look at.
+
+    python view_eval.py yamls/view_eval/cifar10.yaml
+    torchrun --nproc-per-node 8 view_eval.py yamls/view_eval/in1k.yaml pairs=runs/in1k/views_random/pairs.beton
+
+Reads a paired beton of gen_views.py; one run is one strategy. Images are resized and cut as evaluation does it, by the
+bilinear filter (CLIP's own preprocessing: bicubic). Retrieval looks among the originals of the same pairs, Table 10's
+among Laion400M: it is the nearer to the original the more pairs there are. `unrelated`, views of other originals, is
+the floor. Writes results.json, pairs.png (original, view and nearest other original, worst and best first), cosine.png,
+config.yaml, versions.json and log.jsonl into `output`. It takes minutes; killed, it begins anew.
+
+A further measure is a function of its own whose result joins `results` in main.
+"""
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from common import Fail, Log, Processes, atomic, changed_keys, precision_dtype, run, save_json
+from data import PairLoader
+from loss import pair_quality
+from models import FrozenClip, Quality, gather, normalize
+
+DEFAULTS = """
+pairs: null             # paired beton of gen_views.py
+output: null            # run folder; null: view_eval beside the beton
+clip:                   # frozen encoder (Table 10: the one of the generator, ViT-H-14 laion2b_s32b_b79k)
+  model: tiny/clip      # open_clip architecture, hf-hub:owner/name, or a local folder
+  pretrained: null      # hub tag or local weights file of an architecture; null for a folder or hub id
+  image_size: null      # pixels; null: the model's own
+quality:
+  pc: null              # fg_proportion.npz made with the same encoder; null: the quality of the pairs is not measured
+images: 50000           # pairs, drawn at random (appendix B); null: all
+examples: 20            # worst and as many best pairs in pairs.png
+batch: 256              # pairs per process
+num_workers: 2          # threads per process that decode
+precision: auto         # auto | fp32 | bf16 | fp16; auto: bf16 where the hardware has it
+device: auto            # auto | cpu | cuda
+seed: 0                 # which pairs
+"""
+BLOCK = 2 ** 28         # cosines at a time: 1 GB
+BOOKKEEPING = ('output', 'batch', 'num_workers', 'device')  # do not shape the result
+
+
+def check(config):
+    if not isinstance(config['pairs'], str):
+        raise Fail('pairs: must name a paired beton of gen_views.py, e.g. pairs=runs/cifar10/views/pairs.beton')
+    for key, least in (('images', 2), ('examples', 1), ('batch', 1), ('num_workers', 1), ('seed', 0)):
+        if config[key] is not None and config[key] < least:
+            raise Fail(f'{key}: {config[key]} must be at least {least}')
+
+
+def loader_of(config, size, positions, verify=False):
+    """Both images of the pairs at `positions`, in this order: original first, view second."""
+    recipe = {'size': size, 'resize': size, 'crop_scale': None}
+    return PairLoader(config['pairs'], [recipe, recipe], alpha=1.0, swap='second', batch_size=config['batch'], seed=0,
+                      num_workers=config['num_workers'], drop_last=False, shuffle=False, indices=positions,
+                      verify=verify)
+
+
+def everywhere(rows, n, processes):
+    """Rows of every world-th pair from each process -> (n, ...) in the order of the pairs, on the CPU of all."""
+    share, rest = -(-n // processes.world), rows.shape[1:]
+    padded = F.pad(rows, (0, 0) * len(rest) + (0, share - len(rows))).to(processes.device)
+    return gather(padded).view(processes.world, share, *rest).transpose(0, 1).flatten(0, 1)[:n].cpu()
+
+
+@torch.no_grad()
+def embed(config, clip, pc, positions, processes, dtype):
+    """Embeddings of length 1 of originals and views (N, D) and quality of the pairs (N,) (None without pc)."""
+    device, mine = processes.device, positions[processes.rank::processes.world]
+    mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (clip.mean, clip.std))
+    rows = [torch.empty(0, 2 * clip.embedding_dim + 1)]
+    if len(mine):
+        loader = loader_of(config, clip.image_size, mine)
+        for batch in tqdm(loader.epoch(0), 'embeddings', len(loader), disable=None if processes.main else True):
+            images = normalize(torch.cat(batch['views']).to(device), mean, std)
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                tokens, embedding = clip.forward(images)
+            quality = torch.zeros(len(images) // 2, device=device) if pc is None else pair_quality(*tokens.chunk(2), pc)
+            rows.append(torch.cat([*F.normalize(embedding.float()).chunk(2), quality[:, None]], 1).cpu())
+    rows = everywhere(torch.cat(rows), len(positions), processes)
+    if not rows.isfinite().all():
+        raise Fail(f'precision: embeddings are not finite in {str(dtype)[6:]}; set precision=fp32')
+    originals, views, quality = rows.split([clip.embedding_dim, clip.embedding_dim, 1], 1)
+    return originals, views, None if pc is None else quality[:, 0]
+
+
+def nearest_other(embeddings, processes):
+    """Nearest other row by cosine: cosines (N,) and numbers (N,). embeddings (N, D), of length 1, N >= 2."""
+    n, found = len(embeddings), [torch.empty(0, 2, dtype=torch.double)]
+    every = embeddings.to(processes.device)
+    for rows in torch.arange(processes.rank, n, processes.world).split(max(1, BLOCK // n)):
+        cosines = every[rows] @ every.T
+        cosines[torch.arange(len(rows)), rows] = -2  # not itself
+        found.append(torch.stack(cosines.max(1), 1).double().cpu())  # doubles hold every number
+    found = everywhere(torch.cat(found), n, processes)
+    return found[:, 0].float(), found[:, 1].long()
+
+
+def describe(values):
+    """Number, mean, standard deviation and quantiles of values (N,)."""
+    values = np.asarray(values, np.float64)
+    quantiles = {f'{share:.0%}': round(float(np.quantile(values, share)), 5) for share in (0.05, 0.25, 0.5, 0.75, 0.95)}
+    return {'n': len(values), 'mean': round(float(values.mean()), 5), 'std': round(float(values.std()), 5), **quantiles}
+
+
+def by_level(values, levels):
+    """describe() over all, and by noise level. values (N,), levels (N,) -> {'all': ..., '0': ..., '100': ...}"""
+    return {'all': describe(values)} | {str(level): describe(values[levels == level]) for level in np.unique(levels)}
+
+
+# ---------------------------------------------------------------------------------------------------
+# Pictures
+
+def draw_curves(path, groups):
+    """Histograms beside each other: title -> {name: values}."""
+    import matplotlib
+    matplotlib.use('Agg')
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(1, len(groups), figsize=(5 * len(groups), 3.2), squeeze=False, layout='constrained')
+    for axis, (title, curves) in zip(axes[0], groups.items()):
+        every = torch.cat(list(curves.values()))
+        bins = np.linspace(every.min().item() - 0.01, every.max().item() + 0.01, 41)  # also where all are the same
+        for name, values in curves.items():
+            axis.hist(np.asarray(values), bins, histtype='step',
+                      label=f'{name}: {float(values.mean()):.3f} ({len(values):,})')
+        axis.set(xlabel=title, ylabel='pairs')
+        axis.legend(frameon=False, fontsize=7, title='mean (pairs)', title_fontsize=7)
+    atomic(path, lambda temporary: figure.savefig(temporary, dpi=120))
+    pyplot.close(figure)
+
+
+def draw_pairs(path, rows):
+    """rows: (heading, [(three images (3, S, S), title)]), ten to a line: original, view, nearest other original."""
+    import matplotlib
+    matplotlib.use('Agg')
+    from matplotlib import pyplot
+    lines = [(heading, examples[k:k + 10]) for heading, examples in rows for k in range(0, len(examples), 10)]
+    figure, axes = pyplot.subplots(3 * len(lines), 10, figsize=(11, 3.7 * len(lines)), squeeze=False)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+        axis.set_frame_on(False)
+    for number, (heading, examples) in enumerate(lines):
+        for column, (images, title) in enumerate(examples):
+            for k, image in enumerate(images):
+                axes[3 * number + k, column].imshow(image.permute(1, 2, 0).numpy())
+            axes[3 * number, column].set_title(title, fontsize=7, pad=2)
+        for k, what in enumerate((f'{heading}\noriginal', 'view', 'nearest other')):
+            axes[3 * number + k, 0].set_ylabel(what, fontsize=8)
+    figure.tight_layout(pad=0.4)
+    atomic(path, lambda temporary: figure.savefig(temporary, dpi=110))
+    pyplot.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------------
+
+def main(config):
+    check(config)
+    processes = Processes(config['device'])
+    dtype = precision_dtype(config['precision'], processes.device)
+    whole = loader_of(config, 8, None, verify=processes.main)
+    folder = Path(config['output'] or Path(config['pairs']).parent / 'view_eval')
+    identity, path = {**config, 'crc32': whole.sidecar['crc32']}, folder / 'results.json'
+    if path.is_file():
+        old = json.loads(path.read_text())
+        if not changed_keys(old['config'], identity, BOOKKEEPING):
+            if processes.main:
+                print(f"{old['summary']} (finished before: {path})")
+            return
+    positions = np.flatnonzero(whole.metadata['f4'] >= 0)
+    without = whole.sidecar['samples'] - len(positions)
+    if len(positions) < 2:
+        raise Fail(f"pairs: {config['pairs']} holds {len(positions)} images with a synthetic view; two are needed "
+                   '(gen_views.py with a strategy other than none)')
+    if config['images'] and config['images'] < len(positions):
+        picked = np.random.default_rng(config['seed']).choice(len(positions), config['images'], replace=False)
+        positions = positions[np.sort(picked)]
+    pc, clip = None, None
+    if config['quality']['pc'] is not None:
+        quality = Quality({'clip': config['clip'], **config['quality'], 'temperature': 1.0}, processes.device)
+        clip, pc = quality.clip, quality.pc
+    clip = clip or FrozenClip(config['clip'], processes.device)
+    log = Log(folder, config, processes.main)
+    strategy = whole.sidecar['settings'].get('strategy', 'unknown')
+    log.write(f"{config['pairs']}: {len(positions):,} pairs, strategy {strategy}; {without:,} images have no view; "
+              f"{config['clip']['model']}, {clip.image_size} px, {processes.world} x {processes.device.type}, "
+              f'{str(dtype)[6:]}')
+
+    originals, views, quality = embed(config, clip, pc, positions, processes, dtype)
+    cosine, unrelated = (originals * views).sum(1), (originals * views.roll(len(views) // 2, 0)).sum(1)
+    retrieved, neighbours = nearest_other(originals, processes)
+    if not processes.main:
+        return
+    levels = whole.metadata['f4'][positions]
+    names = [str(level) for level in np.unique(levels)]
+    results = {'strategy': strategy, 'pairs': len(positions), 'without_view': without, 'encoder': clip.fingerprint(),
+               'cosine': by_level(cosine, levels), 'retrieval': describe(retrieved), 'unrelated': describe(unrelated)}
+    if quality is not None:
+        results['quality'] = by_level(quality, levels)
+
+    curves = {'cosine with the original': {'view': cosine, 'nearest other image': retrieved,
+                                           'unrelated view': unrelated},
+              'cosine by noise level': {level: cosine[levels == int(level)] for level in names}}
+    if quality is not None:
+        curves['quality by noise level'] = {level: quality[levels == int(level)] for level in names}
+    draw_curves(folder / 'cosine.png', curves)
+    score, what = (cosine, 'cosine') if quality is None else (quality, 'quality')
+    order, count = score.argsort(), min(config['examples'], len(score) // 2)
+    rows, size = [], min(128, whole.sidecar['max_resolution'])
+    for heading, chosen in ((f'worst {what}', order[:count]), (f'best {what}', order.flip(0)[:count])):
+        both = positions[torch.cat([chosen, neighbours[chosen]]).numpy()]  # the pairs, then their neighbours: one batch
+        first, second = next(loader_of({**config, 'batch': 2 * count}, size, both).epoch(0))['views']
+        titles = [f'{what} {score[i]:.2f}\n' + f'cos {cosine[i]:.2f}, ' * (what == 'quality') + f'level {levels[i]}'
+                  for i in chosen.tolist()]
+        rows.append((heading, list(zip(zip(first[:count], second[:count], first[count:]), titles))))
+    draw_pairs(folder / 'pairs.png', rows)
+
+    for level in names:
+        log.write(f'noise level {level}: ' + ', '.join(f"{key} {results[key][level]['mean']:.3f}" for key in (
+            'cosine', 'quality') if key in results) + f" ({results['cosine'][level]['n']:,} pairs)")
+    summary = (f"{config['pairs']} ({strategy}): cosine of view {results['cosine']['all']['mean']:.3f} | of nearest "
+               f"other image {results['retrieval']['mean']:.3f} | of unrelated view {results['unrelated']['mean']:.3f}")
+    if quality is not None:
+        summary += f" | quality {results['quality']['all']['mean']:.3f}"
+    save_json(path, {'summary': summary, **results, 'config': identity})
+    log.write(f'{summary} -> {path}; see pairs.png, cosine.png', **results)
+    log.close()
+
+
+if __name__ == '__main__':
+    run(main, DEFAULTS, nullable=('images',))
