@@ -178,6 +178,27 @@ class Processes:
         return total.item() > 0
 
 
+def shard(text, processes):
+    """(first, step) of the chunks that this process takes: first, first + step, first + 2 step, ...
+
+    text: 'i/n' by hand, i from 0; empty: the task of a Slurm array, where this is one. torchrun's processes share what
+    falls to their task."""
+    task, tasks = 0, 1
+    if text:
+        match = re.fullmatch(r'(\d+)/(\d+)', text)
+        task, tasks = (int(g) for g in match.groups()) if match else (0, 0)
+        if task >= tasks:
+            raise Fail(f"shard: must be i/n with 0 <= i < n (0/4, 1/4, 2/4, 3/4), not '{text}'")
+    elif 'SLURM_ARRAY_TASK_ID' in os.environ:
+        task, tasks, low, high, step = (int(os.environ.get(f'SLURM_ARRAY_TASK_{name}', default)) for name, default in
+                                        (('ID', 0), ('COUNT', 1), ('MIN', 0), ('MAX', 0), ('STEP', 1)))
+        if (high - low) // step + 1 != tasks:  # such as --array=3,7,8, the failed ones of an earlier array
+            raise Fail(f'Slurm array of {tasks} tasks between {low} and {high}: which chunks are whose does not follow '
+                       'from these; submit the same array again (what is finished is not done again), or set shard=i/n')
+        task = (task - low) // step
+    return task * processes.world + processes.rank, tasks * processes.world
+
+
 def precision_dtype(precision, device):
     """auto | fp32 | bf16 | fp16 -> dtype for autocast (torch.float32: none). auto: bf16 where the hardware has it."""
     if precision not in ('auto', 'fp32', 'bf16', 'fp16'):
