@@ -206,8 +206,10 @@ def precision_dtype(precision, device):
     if precision == 'fp16' and device.type != 'cuda':
         raise Fail('precision: fp16 needs a GPU; set precision=bf16 or fp32')
     if precision == 'auto':
-        amx = getattr(torch.cpu, '_is_amx_tile_supported', lambda: False)
-        fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == 'cuda' else amx()
+        if device.type == 'cuda':
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:  # AMX has it too; half the time of fp32 with either (measured)
+            fast = getattr(torch.cpu, '_is_avx512_bf16_supported', lambda: False)()
         precision = 'bf16' if fast else 'fp32'
     return {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}[precision]
 

@@ -45,7 +45,8 @@ generator:
   fallbacks: []           # further ids, tried in turn
   steps: 20               # denoising steps (appendix A)
   guidance_scale: 10.0    # (appendix A)
-  precision: auto         # fp32 | bf16 | fp16 | auto: fp16 on a GPU, on a CPU bf16 if it has AMX and else fp32
+  precision: auto         # fp32 | bf16 | fp16 | auto: fp16 on a GPU, on a CPU bf16 if it has AVX512-BF16
+                          # and else fp32
 seed: 0
 batch_size: 16            # images at once
 chunk_size: 1000          # images a chunk: what a killed process loses at most
