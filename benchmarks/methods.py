@@ -1,7 +1,7 @@
 """Does every method learn? All of them on the demo's data, with the demo's budget: kNN accuracy on CIFAR-10.
 
     python benchmarks/methods.py                             # all methods, without and with GenView, seed 0
-    python benchmarks/methods.py methods=byol,swav seed=1    # a part of it
+    python benchmarks/methods.py methods=byol,swav views=baseline seed=1     # a part of it
 
 2,500 images, ResNet-18 of width 32, 20 epochs, SGD, one learning rate for all that are not named in METHODS: far too
 little to tell which method is best, and none is tuned. What is finished is not done again. Numbers go to
@@ -40,29 +40,29 @@ def stage(script, *arguments):
 
 
 def main():
-    options = dict(methods=','.join(METHODS), seed='0')
+    options = dict(methods=','.join(METHODS), views=','.join(VIEWS), seed='0')
     for argument in sys.argv[1:]:
         key, _, value = argument.partition('=')
         if key not in options:
             sys.exit(f'unknown option {key!r}; known are {", ".join(options)}')
         options[key] = value
-    methods, seed = options['methods'].split(','), int(options['seed'])
-    if unknown := set(methods) - set(METHODS):
-        sys.exit(f'no method {", ".join(unknown)}; there are {", ".join(METHODS)}')
+    methods, views, seed = options['methods'].split(','), options['views'].split(','), int(options['seed'])
+    if unknown := {*methods, *views} - {*METHODS, *VIEWS}:
+        sys.exit(f'no {", ".join(unknown)}; there are {", ".join([*METHODS, *VIEWS])}')
     done = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     for script, yaml in (('fg_proportion', 'demo'), ('gen_views', 'demo'), ('gen_views', 'demo_test')):
         stage(f'{script}.py', f'yamls/{script}/{yaml}.yaml')
     for method in methods:
-        for views, keys in VIEWS.items():
-            if any((r['method'], r['views'], r['seed']) == (method, views, seed) for r in done):
+        for name in views:
+            if any((r['method'], r['views'], r['seed']) == (method, name, seed) for r in done):
                 continue
-            folder = RUN / f'{method}_{views}_{seed}'
-            seconds = stage('pretrain.py', 'yamls/pretrain/demo.yaml', f'method={method}', *METHODS[method], *keys,
-                            f'seed={seed}', f'output={folder}')
+            folder = RUN / f'{method}_{name}_{seed}'
+            seconds = stage('pretrain.py', 'yamls/pretrain/demo.yaml', f'method={method}', *METHODS[method],
+                            *VIEWS[name], f'seed={seed}', f'output={folder}')
             stage('linear_eval.py', 'yamls/linear_eval/demo.yaml', f'checkpoint={folder}/backbone.pt',
                   f'output={folder}/linear_eval')
             measured = json.loads((ROOT / folder / 'linear_eval/results.json').read_text())
-            done.append(dict(method=method, views=views, seed=seed, knn=measured['knn']['top1'],
+            done.append(dict(method=method, views=name, seed=seed, knn=measured['knn']['top1'],
                              linear=measured['linear']['top1'], seconds=seconds))
             RESULTS.parent.mkdir(exist_ok=True)
             save_json(RESULTS, done)
