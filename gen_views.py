@@ -282,10 +282,12 @@ def generate(config, chunks, source, levels, embeddings, record, settings, proce
                     condition = embeddings[batch] if embeddings is not None else generator.embed(
                         [picture[0] if picture else Image.new('RGB', (64, 64)) for picture in pictures])
                     images = generator.views(condition, levels[batch], [view_seed(config['seed'], *p) for p in full])
-                except torch.OutOfMemoryError:
+                except torch.cuda.OutOfMemoryError:
+                    images = None  # what the error holds on to is free only below
+                if images is None:
                     if size == 1:
                         raise Fail(f'{processes.device}: too little memory for one image; set generator.vae_slicing to '
-                                   'true, or generator.precision to fp16') from None
+                                   'true, or generator.precision to fp16')
                     size //= 2
                     torch.cuda.empty_cache()
                     print(f'{processes.device}: out of memory; batches of {size} from here on', flush=True)

@@ -79,7 +79,8 @@ class UnCLIP:
             try:
                 if folder.is_dir():  # diffusers would not say which one
                     index = json.loads((folder / 'model_index.json').read_text())
-                    absent = [part for part in needed if not ((index.get(part) or [None])[-1] and (folder / part).is_dir())]
+                    absent = [part for part in needed
+                              if not (index.get(part) or [None])[-1] or not (folder / part).is_dir()]
                     if absent:
                         raise ValueError(f"lacks {', '.join(absent)}; download the whole folder")
                 # The condition comes from stage 1 (fg_proportion.py), so that the image encoder is not needed.
@@ -118,9 +119,11 @@ class UnCLIP:
         if not finite.all() and self.dtype != torch.float32:
             half = self.dtype
             self._cast(torch.float32)
-            for k in (~finite).nonzero().flatten().tolist():  # one by one: whichever others failed must not matter
-                images[k] = self._draw(*(row[k:k + 1] for row in rows))[0]
-            self._cast(half)  # half -> fp32 -> half gives the same weights
+            try:
+                for k in (~finite).nonzero().flatten().tolist():  # one by one: what else failed must not matter
+                    images[k] = self._draw(*(row[k:k + 1] for row in rows))[0]
+            finally:
+                self._cast(half)  # half -> fp32 -> half gives the same weights
             finite = torch.isfinite(images).flatten(1).all(1)
         images = torch.where(finite[:, None, None, None], images, 0)
         return (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()

@@ -296,7 +296,7 @@ def test_generator_that_lacks_a_component(settings, generator_folder, tmp_path):
     index = json.loads((broken / 'model_index.json').read_text())
     for entry in (index['image_normalizer'], [None, None]):
         (broken / 'model_index.json').write_text(json.dumps({**index, 'image_normalizer': entry}))
-        with pytest.raises(Fail, match='broken: ValueError: lacks image_normalizer; download the whole folder') as error:
+        with pytest.raises(Fail, match='broken: ValueError: lacks image_normalizer; download the whole') as error:
             generate(settings, tmp_path, generator={'model': str(broken), **SPEC})
         assert '\n' not in str(error.value)
     with pytest.raises(Fail, match='lacks feature_extractor'):  # this one's own is not in the folder
