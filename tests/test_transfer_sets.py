@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.io
+import torchvision
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,6 +63,29 @@ def test_dtd_trains_on_training_and_validation_images(tmp_path):
     assert [Path(p).parts[-2:] for p in paths] == [('dotted', '0.jpg'), ('woven', '0.jpg'), ('dotted', '1.jpg'),
                                                    ('woven', '1.jpg')] and labels == [0, 1, 0, 1]
     assert len(read(tmp_path, 'DTD', 'val')[0]) == len(read(tmp_path, 'DTD', 'test')[0]) == 2
+
+
+def test_flowers_trains_on_training_and_validation_images_and_cars_on_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(torchvision.datasets.Flowers102, '_check_integrity', lambda self: True)  # checksums of the real
+    home = tmp_path / 'flowers-102'
+    put(home / 'jpg', *(f'image_{i:05d}.jpg' for i in range(1, 5)))
+    scipy.io.savemat(home / 'imagelabels.mat', {'labels': [[77, 1, 77, 2]]})
+    scipy.io.savemat(home / 'setid.mat', {'trnid': [[4]], 'valid': [[1]], 'tstid': [[2, 3]]})
+    assert read(tmp_path, 'Flowers102', 'train') == (['flowers-102/jpg/image_00004.jpg',
+                                                      'flowers-102/jpg/image_00001.jpg'], [1, 76])
+    assert read(tmp_path, 'Flowers102', 'test')[1] == [0, 76]
+
+    home = tmp_path / 'stanford_cars'
+    put(home, 'cars_train/1.jpg', 'cars_train/2.jpg', 'cars_test/1.jpg')
+    (home / 'devkit').mkdir()
+    for file, labels in (('devkit/cars_train_annos', (196, 1)), ('cars_test_annos_with_labels', (7,))):
+        rows = np.array([(label, f'{i}.jpg') for i, label in enumerate(labels, 1)],
+                        [('class', object), ('fname', object)])
+        scipy.io.savemat(home / f'{file}.mat', {'annotations': rows})
+    scipy.io.savemat(home / 'devkit/cars_meta.mat', {'class_names': np.array(['a', 'b'], object)})
+    assert read(tmp_path, 'StanfordCars', 'train') == (['stanford_cars/cars_train/1.jpg',
+                                                        'stanford_cars/cars_train/2.jpg'], [195, 0])
+    assert read(tmp_path, 'StanfordCars', 'test')[1] == read(tmp_path, 'StanfordCars', 'val')[1] == [6]
 
 
 def test_sun397_has_its_first_partition(tmp_path):
