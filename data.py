@@ -477,7 +477,7 @@ HOMES = {  # what to download, and what must then be in root
                       'oxford-iiit-pet/images'),
     'Caltech101': ('https://data.caltech.edu/records/mzrjq-6wc02', 'caltech101/101_ObjectCategories'),
     'Flowers102': ('102flowers.tgz, imagelabels.mat, setid.mat of https://www.robots.ox.ac.uk/~vgg/data/flowers/102/',
-                   'flowers-102/jpg'),               # needs scipy; so does StanfordCars
+                   'flowers-102/jpg'),
     'DTD': ('https://www.robots.ox.ac.uk/~vgg/data/dtd/download/dtd-r1.0.1.tar.gz', 'dtd/dtd/images'),
     'StanfordCars': ('what https://github.com/pytorch/vision/issues/7545 lists (its home page is gone)',
                      'stanford_cars/devkit'),

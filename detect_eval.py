@@ -12,9 +12,10 @@ box head (4 convolutions, 1 fully connected layer) and mask head, as the SSL ben
 1, hierarchical-latent Table 2): Faster R-CNN R50-C4 with a batch norm after res5, as MoCo's code. AP, AP50 and AP75 are
 COCO's (pycocotools); on VOC AP50 takes the whole precision-recall curve, and `eleven_points` are all three by the VOC
 2007 rule, which detectron2 applies to test07: compare published VOC numbers with these. What differs from detectron2:
-torchvision's RoIAlign is not shifted by half a pixel and its box loss is smooth L1 with beta 1/9 (there 0); images are
-not grouped by aspect ratio; batch norm keeps its moving averages for evaluation (there PRECISE_BN); on VOC, boxes are
-matched as on COCO, so that a difficult object excuses one detection, not any number.
+torchvision's RoIAlign is not shifted by half a pixel and, behind an FPN, takes 2 x 2 samples a bin (there as many as it
+has pixels), its box loss is smooth L1 with beta 1/9 (there 0), its predictors are initialised as any layer (there by
+small normal values); images are not grouped by aspect ratio; batch norm keeps its moving averages for evaluation (there
+PRECISE_BN); on VOC, boxes are matched as on COCO, so that a difficult object excuses one detection, not any number.
 """
 import io
 import json
@@ -46,17 +47,20 @@ from tqdm import tqdm
 
 from common import (Fail, Log, Processes, StopSignal, changed_keys, load_checkpoint, precision_dtype, run,
                     save_checkpoint, save_json, seed_everything)
-from data import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
-from models import BLOCKS, average_running_statistics, global_mean, load_backbone, synchronize_batch_norm
+from data import normalization
+from models import BLOCKS, average_running_statistics, digest, global_mean, load_backbone, synchronize_batch_norm
 
 DEFAULTS = """
 checkpoint: null        # backbone.pt of pretrain.py, or another ResNet that models.load_backbone knows
+backbone:
+  prefix: null          # of the network that is meant, where several compete, e.g. teacher.backbone
 output: null            # run folder; null: <checkpoint without suffix>_<dataset.name>
 seed: 0                 # of new layers, order of the images, flips, sizes and sampled regions
 device: auto            # auto | cpu | cuda
 precision: fp32         # fp32 (as published) | bf16 | fp16 (GPU, with loss scaling) | auto
 num_workers: 4          # processes that read images, per process
-normalization: null     # null: the checkpoint's own (foreign files have none: imagenet) | clip | imagenet
+normalization: null     # null: the checkpoint's own (where it has none: imagenet) | clip | imagenet | cifar10 |
+                        # [[r, g, b], [r, g, b]] (mean, std)
 
 dataset:
   name: coco            # coco: any set in COCO's format, laid out like it | voc
@@ -83,9 +87,8 @@ log_every: 50           # iterations
 save_every: 1000        # iterations
 requeue: false          # on SIGUSR1 (#SBATCH --signal=USR1@120) save, then `scontrol requeue` the Slurm job
 """
-BOOKKEEPING = ('output', 'device', 'num_workers', 'log_every', 'save_every', 'requeue')  # do not shape the result
+BOOKKEEPING = ('checkpoint', 'output', 'device', 'num_workers', 'log_every', 'save_every', 'requeue')
 LEAST = {'seed': 0, 'num_workers': 0, 'lr': 1e-12, 'warmup': 0, 'momentum': 0, 'weight_decay': 0, 'requeue': 0}
-NORMALIZATIONS = {'clip': (CLIP_MEAN, CLIP_STD), 'imagenet': (IMAGENET_MEAN, IMAGENET_STD)}
 VOC_CLASSES = ('aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person '
                'pottedplant sheep sofa train tvmonitor').split()
 
@@ -93,14 +96,13 @@ VOC_CLASSES = ('aeroplane bicycle bird boat bottle bus car cat chair cow diningt
 def check(config, world):
     detector, dataset = config['detector'], config['dataset']
     for key, value, known in (('detector', detector, ('mask_rcnn_fpn', 'faster_rcnn_fpn', 'faster_rcnn_c4')),
-                              ('dataset.name', dataset['name'], ('coco', 'voc')),
-                              ('normalization', config['normalization'], (None, *NORMALIZATIONS))):
+                              ('dataset.name', dataset['name'], ('coco', 'voc'))):
         if value not in known:
-            raise Fail(f"{key}: {value!r} is none of {', '.join(map(str, known))}")
+            raise Fail(f"{key}: {value!r} is none of {', '.join(known)}")
     for key, value in (('checkpoint', config['checkpoint']), ('dataset.root', dataset['root'])):
         if not isinstance(value, str):
             raise Fail(f'{key}: must name a {"file" if key == "checkpoint" else "folder"}, e.g. {key}=data/...')
-    for key, value in config.items():
+    for key, value in {**config, 'normalization': None}.items():  # which `normalization` checks
         for number in value if isinstance(value, list) else [value]:
             if isinstance(value, list) and type(number) is not int or \
                     isinstance(number, (int, float)) and number < LEAST.get(key, 1):
@@ -330,11 +332,10 @@ def main(config):
     checkpoint, results = folder / 'checkpoint.pt', folder / 'results.json'
 
     # Everything is checked before anything is written
-    backbone, info = load_backbone(config['checkpoint'])
+    backbone, info = load_backbone(config['checkpoint'], **config['backbone'])
     if info['arch'] not in BLOCKS:
         raise Fail(f"checkpoint: {config['checkpoint']} is a {info['arch']}; this detector needs a ResNet")
-    own = (info['mean'], info['std']) if info['mean'] and not config['normalization'] else None
-    mean, std = own or NORMALIZATIONS[config['normalization'] or 'imagenet']
+    mean, std = normalization(config['normalization'], (info['mean'], info['std']))
     (train, train_folder), (test, test_folder) = (annotations(dataset, dataset[k], masks) for k in ('train', 'test'))
     names, others = ({c['id']: c.get('name') for c in index.dataset['categories']} for index in (train, test))
     if names != others:
@@ -346,7 +347,7 @@ def main(config):
     if not len(train_images):
         raise Fail(f"dataset.train: no image of {dataset['train']} has an object to learn")
     empty, train = len(train.imgs) - len(train_images), None
-    identity = {**config, 'images': [len(train_images), len(test_images)]}
+    identity = {**config, 'images': [len(train_images), len(test_images)], 'backbone_sha256': digest(backbone)}
     saved = load_checkpoint(checkpoint) if checkpoint.is_file() else None
     finished = json.loads(results.read_text()) if results.is_file() else None
     for old in (found for found in (saved, finished) if found):
@@ -376,7 +377,7 @@ def main(config):
 
     stop, log = StopSignal(), Log(folder, config, processes.main)
     log.write(f"{config['detector']} on {config['checkpoint']}: {info['text']}; {info['note'] or 'all of it'}; mean "
-              f'{tuple(mean)}, std {tuple(std)}; {len(train_images)} training images, {empty} more without objects, '
+              f'{mean}, std {std}; {len(train_images)} training images, {empty} more without objects, '
               f"{len(test_images)} test images, {len(categories)} categories; global batch {config['batch_size']} on "
               f'{world} x {device.type}, {str(dtype)[6:]}' + f'; resumed at iteration {first}' * bool(saved))
     train_batches = batches(train_images, positions(len(train_images), config, processes, first, iterations), config,

@@ -33,8 +33,8 @@ from tqdm import tqdm
 
 from common import (Fail, Log, Processes, StopSignal, changed_keys, load_checkpoint, precision_dtype, run,
                     save_checkpoint, save_json, seed_everything)
-from data import PairLoader, normalization, open_beton
-from models import Encoder, all_features, hits, knn_accuracy, load_backbone, percent
+from data import PairLoader, normalization
+from models import Encoder, all_features, digest, hits, knn_accuracy, load_backbone, percent
 
 DEFAULTS = """
 checkpoint: null        # backbone.pt of pretrain.py, or another's file (.pth, .safetensors)
@@ -49,7 +49,7 @@ metric: null            # of the summary: top1 | mean_per_class; null: as usual 
 output: null            # run folder; null: <checkpoint without suffix>_eval
 seed: 0                 # of the classifiers, data order and augmentation
 device: auto            # auto | cpu | cuda
-precision: auto         # of the frozen backbone: auto | fp32 | bf16 | fp16; classifiers and kNN are float32
+precision: auto         # of the frozen backbone: auto | fp32 | bf16 | fp16; classifiers are float32
 num_workers: 8          # threads per process that decode
 
 normalization: null     # null: the checkpoint's own (where it has none: imagenet) | clip | imagenet | cifar10 |
@@ -104,19 +104,14 @@ def check(config, world):
                        *(('linear.more_lrs', lr) for lr in linear['more_lrs'])):
         if not isinstance(value, (int, float)) or not value > 0:
             raise Fail(f'{key}: {value} must be above 0')
+    for key in ('momentum', 'weight_decay'):
+        if not linear[key] >= 0:
+            raise Fail(f'linear.{key}: {linear[key]} must be at least 0')
     if not 0 <= linear['final_share'] <= 1:
         raise Fail(f"linear.final_share: {linear['final_share']} must be in [0, 1]")
     if linear['batch_size'] % world:
         raise Fail(f"linear.batch_size: {linear['batch_size']} (of all processes together) is not a multiple of the "
                    f'{world} processes')
-
-
-def digest(module):
-    """sha256 of all parameters and buffers, byte for byte."""
-    total = sha256()
-    for name, value in module.state_dict().items():
-        total.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
-    return total.hexdigest()
 
 
 def schedule(step, steps, linear):
@@ -158,7 +153,7 @@ def batches(config, recipe, train, encoder, processes):
 def accuracies(classifier, features, labels, classes, batch, processes):
     """{'top1', 'top5', 'mean_per_class'} in percent; the last is top-1 averaged over the classes that occur."""
     counts = torch.zeros(2 + classes, dtype=torch.double, device=processes.device)
-    for chunk in torch.arange(processes.rank, len(labels), processes.world).split(batch):
+    for chunk in torch.arange(len(labels))[processes.rank::processes.world].split(batch):
         scores, truth = classifier(features[chunk].to(processes.device).float()), labels[chunk].to(processes.device)
         counts[:2] += hits(scores, truth)
         counts[2:] += truth[scores.argmax(1) == truth].bincount(minlength=classes)
@@ -176,10 +171,21 @@ def main(config):
     backbone, info = load_backbone(config['checkpoint'], **config['backbone'])
     mean, std = normalization(config['normalization'], (info['mean'], info['std']))
     size = config['image_size'] or info['image_size'] or 224
+    if size % (info['patch_size'] or 1):
+        raise Fail(f"image_size: {size} is not a multiple of the {info['patch_size']} px patches of {info['arch']}")
     folder = Path(config['output'] or f"{Path(config['checkpoint']).with_suffix('')}_eval")
 
-    # Betons are checked before anything is written or computed
-    sidecars = {part: open_beton(config[f'{part}_beton'], verify=processes.main) for part in ('train', 'test')}
+    # Data: everything is checked before anything is written or computed
+    recipe = {'size': size, 'resize': config['resize'] or size, 'crop_scale': None}
+    augmented = {'size': size, 'crop_scale': linear['crop_scale'], 'flip': linear['flip']}
+
+    def checked(path):
+        loader = PairLoader(path, [recipe, augmented], alpha=0, swap='first', batch_size=1, seed=config['seed'],
+                            num_workers=config['num_workers'], verify=processes.main)
+        if loader.metadata['f2'].min() < 0:
+            raise Fail(f'{path}: there are images without label (-1)')
+        return loader.sidecar
+    sidecars = {part: checked(config[f'{part}_beton']) for part in ('train', 'test')}
     n_train, n_test = (sidecar['samples'] for sidecar in sidecars.values())
     if knn['k'] > n_train:
         raise Fail(f"knn.k: {knn['k']} neighbours out of {n_train} training images; set a smaller knn.k")
@@ -202,8 +208,6 @@ def main(config):
     saved = load_checkpoint(checkpoint) if checkpoint.is_file() else None
     saved = saved if saved and not changed_keys(saved['config'], identity, BOOKKEEPING) else None
 
-    recipe = {'size': size, 'resize': config['resize'] or size, 'crop_scale': None}
-    augmented = {'size': size, 'crop_scale': linear['crop_scale'], 'flip': linear['flip']}
     stop = StopSignal()
     log = Log(folder, config, processes.main, config['tensorboard'])
 
@@ -241,8 +245,6 @@ def main(config):
         if not found[0].isfinite().all():
             raise Fail(f"{config['checkpoint']}: features are not finite; set precision=fp32, or the weights are "
                        'damaged')
-        if found[1].min() < 0:
-            raise Fail(f"{config[f'{part}_beton']}: there are images without label (-1)")
         if processes.main:
             save_checkpoint(path, {'question': question, 'features': found[0], 'labels': found[1]})
         return found

@@ -769,6 +769,7 @@ def all_features(loader_of, n, encoder, processes, what, stop=False):
     Each process encodes every world-th image: none is encoded twice, whatever n is. Half precision is kept as such."""
     mine = np.arange(processes.rank, n, processes.world)
     features, labels = [], []
+    kept = torch.float32 if encoder.dtype == torch.float32 else torch.float16  # as exact, and ImageNet's fit in memory
     loader = loader_of(mine) if len(mine) else None
     shared = torch.tensor(len(loader) if loader else 0)  # batches that every process has: there they can ask each other
     if dist.is_initialized():
@@ -778,12 +779,11 @@ def all_features(loader_of, n, encoder, processes, what, stop=False):
         for number, batch in enumerate(bar):
             if number < shared and processes.any(stop):
                 return None
-            features.append(encoder(batch['views'][0]).cpu())
+            features.append(encoder(batch['views'][0]).to(kept).cpu())
             labels.append(batch['label'])
     width = encoder.backbone.feature_dim
-    features, labels = torch.cat([torch.empty(0, width), *features]), torch.cat([torch.empty(0).long(), *labels])
-    if encoder.dtype != torch.float32:
-        features = features.half()  # computed in half precision: nothing is lost, and ImageNet's fit in memory
+    features = torch.cat([torch.empty(0, width, dtype=kept), *features])
+    labels = torch.cat([torch.empty(0).long(), *labels])
     share = -(-n // processes.world)  # the last processes may have one less: padded to travel, cut off again
     features = F.pad(features, (0, 0, 0, share - len(features))).to(processes.device)
     labels = F.pad(labels, (0, share - len(labels))).to(processes.device)
@@ -813,7 +813,7 @@ def knn_accuracy(train, train_labels, test, test_labels, classes, k, temperature
     train = torch.cat([F.normalize(part.to(device).float(), dim=1).to(kept) for part in train.split(65536)])
     train_labels = train_labels.to(device)
     counts = torch.zeros(2, dtype=torch.double, device=device)
-    for chunk in torch.arange(processes.rank, len(test), processes.world).split(batch):
+    for chunk in torch.arange(len(test))[processes.rank::processes.world].split(batch):
         query = F.normalize(test[chunk].to(device).float(), dim=1)
         cosines, nearest = (query.to(kept) @ train.T).float().topk(k, dim=1)
         votes = torch.zeros(len(chunk), classes, device=device)
@@ -864,6 +864,14 @@ class _Inert:
 
     def __setstate__(self, state):
         pass
+
+
+def digest(module):
+    """sha256 of all parameters and buffers, byte for byte."""
+    total = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        total.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return total.hexdigest()
 
 
 def _names(keys):
@@ -951,6 +959,8 @@ def _guess_vit(state, named, heads, origin, where):
                        'say: set backbone.heads')
         heads = 12
     heads = heads or min(width // 64, 16)
+    if type(heads) is not int or heads < 1 or width % heads:
+        raise Fail(f'backbone.heads: {heads} does not divide the width of this ViT, {width}')
     ours = [name for name in VITS if VITS[name] == width and heads == 12]
     return {'arch': ours[0] if ours else TIMM_VITS[width], 'patch_size': patch, 'image_size': size, 'heads': heads}
 

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from common import (Fail, Log, Processes, StopSignal, atomic, changed_keys, load_checkpoint, precision_dtype,
                     random_states, run, save_checkpoint, save_json, seed_everything, set_random_states)
 from data import PairLoader, normalization, source_dataset
-from models import (average_running_statistics, global_mean, hits, load_backbone, normalize, percent,
+from models import (average_running_statistics, digest, global_mean, hits, load_backbone, normalize, percent,
                     synchronize_batch_norm)
 
 DEFAULTS = """
@@ -90,6 +90,11 @@ def check(config, world):
     for key in ('lr_backbone', 'lr_head', 'gamma'):
         if not config[key] > 0:
             raise Fail(f'{key}: {config[key]} must be above 0')
+    for key in ('momentum', 'weight_decay'):
+        if not config[key] >= 0:
+            raise Fail(f'{key}: {config[key]} must be at least 0')
+    if config['nesterov'] and not config['momentum']:
+        raise Fail('nesterov: needs a momentum above 0')
     if not 0 < config['subset']['share'] <= 1:
         raise Fail(f"subset.share: {config['subset']['share']} must be in (0, 1]; 0.01 is 1 %")
     if config['batch_size'] % world or config['batch_size'] // world < 2:
@@ -173,6 +178,8 @@ def main(config):
     backbone, info = load_backbone(config['checkpoint'], **config['backbone'])
     mean, std = normalization(config['normalization'], (info['mean'], info['std']))
     size = config['image_size'] or info['image_size'] or 224
+    if size % (info['patch_size'] or 1):
+        raise Fail(f"image_size: {size} is not a multiple of the {info['patch_size']} px patches of {info['arch']}")
     folder = Path(config['output'] or f"{Path(config['checkpoint']).with_suffix('')}_semi")
 
     # Data: everything is checked before anything is written
@@ -183,10 +190,15 @@ def main(config):
         return PairLoader(config[f'{part}_beton'], [recipes[part]], alpha=0, swap='first', seed=config['seed'],
                           num_workers=config['num_workers'], pin_memory=device.type == 'cuda', **keywords)
     everything = images('train', batch_size=1, verify=processes.main)
-    n_test = images('test', batch_size=1, verify=processes.main).sidecar['samples']
+    every_test = images('test', batch_size=1, verify=processes.main)
     labels, indices = (everything.metadata[field].astype(np.int64) for field in ('f2', 'f3'))
-    if labels.min() < 0:
-        raise Fail(f"{config['train_beton']}: there are images without label (-1)")
+    n_test, test_labels, classes = every_test.sidecar['samples'], every_test.metadata['f2'], int(labels.max()) + 1
+    for part, found in (('train', labels), ('test', test_labels)):
+        if found.min() < 0:
+            raise Fail(f"{config[f'{part}_beton']}: there are images without label (-1)")
+    if test_labels.max() >= classes:
+        raise Fail(f"{config['test_beton']}: has a label {test_labels.max()}; those of the training images end at "
+                   f'{classes - 1}')
     subset = config['subset']
     if subset['file']:
         chosen, lost = listed(subset['file'], subset['root'], everything.sidecar, indices)
@@ -199,13 +211,11 @@ def main(config):
     mine = np.arange(processes.rank, n_test, world)
     tests = images('test', batch_size=min(config['batch'], len(mine)), drop_last=False, shuffle=False, indices=mine,
                    verify=False) if len(mine) else None
-    classes, steps = int(labels.max()) + 1, len(loader)
+    steps = len(loader)
 
     # The same question again: show the answer, or go on where it stopped
-    digest = sha256(json.dumps([everything.sidecar['crc32'], chosen.tolist()]).encode())
-    for name, value in backbone.state_dict().items():
-        digest.update(name.encode() + value.contiguous().numpy().tobytes())
-    identity = {**config, 'sha256': digest.hexdigest()}
+    question = [everything.sidecar['crc32'], every_test.sidecar['crc32'], chosen.tolist(), digest(backbone)]
+    identity = {**config, 'sha256': sha256(json.dumps(question).encode()).hexdigest()}
     results_path, checkpoint = folder / 'results.json', folder / 'checkpoint.pt'
     for path, read in ((results_path, lambda p: json.loads(p.read_text())), (checkpoint, load_checkpoint)):
         saved = read(path) if path.is_file() else None

@@ -94,7 +94,7 @@ def nearest_other(embeddings, processes):
     """Nearest other row by cosine: cosines (N,) and numbers (N,). embeddings (N, D), of length 1, N >= 2."""
     n, found = len(embeddings), [torch.empty(0, 2, dtype=torch.double)]
     every = embeddings.to(processes.device)
-    for rows in torch.arange(processes.rank, n, processes.world).split(max(1, BLOCK // n)):
+    for rows in torch.arange(n)[processes.rank::processes.world].split(max(1, BLOCK // n)):
         cosines = every[rows] @ every.T
         cosines[torch.arange(len(rows)), rows] = -2  # not itself
         found.append(torch.stack(cosines.max(1), 1).double().cpu())  # doubles hold every number

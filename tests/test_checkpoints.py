@@ -245,6 +245,9 @@ def test_vit_small_of_moco_v3_has_12_heads_and_others_are_asked_for(tmp_path):
                                    ({}, {'arch': 'vit_small_patch16_224', 'state_dict': learned}, six)):
         info = loaded(tmp_path / 'vit.pth', content, images, source(images), **hints)
         assert info['heads'] == (12 if source is twelve else 6) and f"{info['heads']} heads" in info['text']
+    for wrong in (7, 'six', -1):
+        with pytest.raises(Fail, match=f'backbone.heads: {wrong} does not divide the width of this ViT, 384'):
+            load_backbone(tmp_path / 'unknown.pth', heads=wrong)
     for arch, given in (('vit_base_patch16_224', None), ('vit_base', 6), ('resnet18', 6)):
         with pytest.raises(Fail, match=f'not a {arch}'):
             load_backbone(tmp_path / 'vit.pth', arch=arch, heads=given)

@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 import detect_eval  # noqa: E402
 from common import Fail, Processes, StopSignal, load_config  # noqa: E402
+from data import DataError  # noqa: E402
 from models import build_backbone, load_backbone  # noqa: E402
 
 ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1'}
@@ -76,32 +77,24 @@ def workplace(tmp_path_factory):
     torch.manual_seed(0)
     torch.save({'state_dict': build_backbone('resnet18', width=8).state_dict(), 'arch': 'resnet18', 'stem': 'imagenet',
                 'width': 8, 'mean': MEAN, 'std': STD, 'image_size': 64}, folder / 'backbone.pt')
-    (folder / 'small.yaml').write_text(f"""
-checkpoint: {folder}/backbone.pt
-dataset: {{root: {folder}/set, train: drawn, test: drawn}}
-num_workers: 0
-channels: 16
-anchors: [16, 20, 24, 28, 32]
-regions: 16
-train_sizes: [64]
-test_size: 64
-batch_size: 4
-iterations: 120
-lr: 0.04
-steps: [100]
-warmup: 10
-log_every: 10
-save_every: 50
-""")
     return folder
 
 
-def config_of(workplace, *changes):
-    return load_config(detect_eval.DEFAULTS, [str(workplace / 'small.yaml'), *changes])
+SMALL = ('num_workers=0', 'channels=16', 'anchors=[16,20,24,28,32]', 'regions=16', 'train_sizes=[64]', 'test_size=64',
+         'batch_size=4', 'iterations=120', 'lr=0.04', 'steps=[100]', 'warmup=10', 'log_every=10', 'save_every=50')
+
+
+def changes_of(workplace, *changes, experiment='coco'):
+    return [str(ROOT / f'yamls/detect_eval/{experiment}.yaml'), f'checkpoint={workplace}/backbone.pt',
+            f'dataset.root={workplace}/set', 'dataset.train=drawn', 'dataset.test=drawn', *SMALL, *changes]
+
+
+def config_of(workplace, *changes, **keywords):
+    return load_config(detect_eval.DEFAULTS, changes_of(workplace, *changes, **keywords))
 
 
 def command(workplace, *changes, launcher=(sys.executable,)):
-    return [*launcher, str(ROOT / 'detect_eval.py'), str(workplace / 'small.yaml'), *changes]
+    return [*launcher, str(ROOT / 'detect_eval.py'), *changes_of(workplace, *changes)]
 
 
 def read(folder):
@@ -264,9 +257,9 @@ def test_voc_ap(voc):
 
 
 def test_voc_trains_with_c4(workplace, voc, tmp_path):
-    detect_eval.main(config_of(workplace, 'dataset.name=voc', f'dataset.root={voc}', 'dataset.train=trainval07+12',
-                               'dataset.test=test07', 'detector=faster_rcnn_c4', 'anchors=[16,24]', 'iterations=3',
-                               'precision=bf16', f'output={tmp_path}'))
+    detect_eval.main(config_of(workplace, f'dataset.root={voc}', 'dataset.train=trainval07+12', 'dataset.test=test07',
+                               'anchors=[16,24]', 'iterations=3', 'precision=bf16', f'output={tmp_path}',
+                               experiment='voc'))
     results, losses = read(tmp_path)
     assert results['config']['images'] == [9, 6] and set(results['box']) == {'AP', 'AP50', 'AP75', 'eleven_points'}
     assert 'loss_mask' not in losses[0] and 'mask' not in results
@@ -364,7 +357,7 @@ def test_two_processes(workplace, trained, tmp_path):
     state = weights(trained)
     changes = (*SHORT[2:-1], 'iterations=123', 'steps=[100]')
     (tmp_path / 'two').mkdir()
-    config = {**config_of(workplace, *changes), 'images': [37, 11]}
+    config = {**state['config'], **config_of(workplace, *changes), 'images': [37, 11]}
     torch.save({**state, 'config': config}, tmp_path / 'two/checkpoint.pt')
     launcher = (sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2')
     run = subprocess.run(command(workplace, *changes, f'output={tmp_path}/two', launcher=launcher),
@@ -389,6 +382,29 @@ def test_finished_run_shows_its_results_and_refuses_others(workplace, trained, c
     assert (trained / 'results.json').stat().st_mtime_ns == written
     with pytest.raises(Fail, match=r'another config: lr \(was 0.04, now 0.02\)'):
         detect_eval.main(config_of(workplace, f'output={trained}', 'lr=0.02'))
+    with pytest.raises(Fail, match='another config: normalization'):
+        detect_eval.main(config_of(workplace, f'output={trained}', 'normalization=[[0.5, 0.5, 0.5], [1, 1, 1]]'))
+
+
+def test_other_weights_under_the_same_name_are_another_run(workplace, trained, tmp_path):
+    content = torch.load(workplace / 'backbone.pt', weights_only=True)
+    torch.save(content, tmp_path / 'moved.pt')  # the same ones elsewhere are not
+    detect_eval.main(config_of(workplace, f'output={trained}', f'checkpoint={tmp_path}/moved.pt'))
+    content['state_dict']['layer4.1.bn2.bias'] += 1
+    torch.save(content, tmp_path / 'moved.pt')
+    with pytest.raises(Fail, match='another config: backbone_sha256'):
+        detect_eval.main(config_of(workplace, f'output={trained}', f'checkpoint={tmp_path}/moved.pt'))
+
+
+def test_the_competing_network_that_is_meant_can_be_named(workplace, tmp_path):
+    state = torch.load(workplace / 'backbone.pt', weights_only=True)['state_dict']
+    torch.save({name: {f'backbone.{k}': v for k, v in state.items() if k[0] != 'f'} | {'backbone.bn1.bias': torch.ones(
+        8) * number} for number, name in enumerate(('student', 'teacher'))}, tmp_path / 'dino.pth')
+    with pytest.raises(Fail, match='set backbone.prefix'):
+        detect_eval.main(config_of(workplace, f'checkpoint={tmp_path}/dino.pth'))
+    changes = (f'output={tmp_path}/out', f'checkpoint={tmp_path}/dino.pth', 'backbone.prefix=teacher.backbone')
+    detect_eval.main(config_of(workplace, *SHORT, 'iterations=1', 'warmup=0', 'lr=1e-9', *changes))
+    assert torch.allclose(weights(tmp_path / 'out')['model']['backbone.body.bn1.bias'], torch.ones(8))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -401,10 +417,10 @@ def test_finished_run_shows_its_results_and_refuses_others(workplace, trained, c
     ('dataset.name=voc detector=faster_rcnn_c4 dataset.test=test07', 'VOC drawn cannot be read from'),
     ('detector=retina', "detector: 'retina' is none of"), ('batch_size=0', 'batch_size: 0'), ('lr=0', 'lr: 0'),
     ('anchors=[16]', 'an FPN needs 5 anchors'), ('train_sizes=[1.5]', 'train_sizes: 1.5'),
-    ('precision=fp8', 'precision'), ('train_sizes=[]', 'must be a size'),
+    ('precision=fp8', 'precision'), ('train_sizes=[]', 'must be a size'), ('backbone.prefix=online', "'online' fits 0"),
     ('normalization=clpi', "normalization: 'clpi' is none of")])
 def test_impossible_settings_leave_nothing_behind(workplace, tmp_path, change, message):
-    with pytest.raises(Fail, match=message) as error:
+    with pytest.raises((Fail, DataError), match=message) as error:
         detect_eval.main(config_of(workplace, f'output={tmp_path}/out', *change.split(' ')))
     assert '\n' not in str(error.value) and not (tmp_path / 'out').exists()
 

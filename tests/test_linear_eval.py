@@ -38,6 +38,7 @@ def workplace(tmp_path_factory):
         return image, None, i % 3, i, -1
     write_beton(folder / 'train.beton', samples, 67, {}, num_workers=1)
     write_beton(folder / 'test.beton', samples, 31, {}, num_workers=1)
+    write_beton(folder / 'unlabelled.beton', lambda i: (*samples(i)[:2], -1, i, -1), 31, {}, num_workers=1)
     torch.manual_seed(0)
     backbone = build_backbone('resnet18', 'cifar', 8)
     torch.save({'state_dict': backbone.state_dict(), 'arch': 'resnet18', 'stem': 'cifar', 'width': 8, 'feature_dim': 64,
@@ -127,6 +128,25 @@ def test_schedules_and_lars_of_the_protocols():
         optimizer.step()
         for parameter, value in zip(parameters, expected):
             assert torch.allclose(parameter, value, atol=1e-6)
+
+
+@pytest.mark.parametrize('name, lr', [('cifar10', 0.2), ('in1k_simsiam', 1.6), ('in1k_moco', 30), ('transfer', 30)])
+def test_runs_from_the_experiments_that_ship(workplace, tmp_path, name, lr):
+    linear_eval.main(load_config(linear_eval.DEFAULTS, [
+        str(ROOT / f'yamls/linear_eval/{name}.yaml'), f'checkpoint={workplace}/backbone.pt', 'image_size=16',
+        'resize=18', f'train_beton={workplace}/train.beton', f'test_beton={workplace}/test.beton', 'batch=16',
+        f'output={tmp_path}', 'knn.k=5', 'num_workers=1', 'linear.batch_size=16', 'linear.epochs=2']))
+    found = results(tmp_path)
+    assert found['linear']['lr'] == lr and found['knn']['top1'] == 100 and found['test_images'] == 31
+    assert len([line for line in log_of(tmp_path) if 'loss' in line]) == 2
+
+
+def test_more_processes_than_images():
+    processes, features = Processes('cpu'), torch.eye(2)
+    processes.rank, processes.world = 3, 4
+    assert linear_eval.accuracies(torch.nn.Identity(), features, torch.tensor([0, 1]), 2, 3, processes)['top1'] == 0
+    assert linear_eval.knn_accuracy(features, torch.tensor([0, 1]), features, torch.tensor([0, 1]), 2, 1, 0.1, 3,
+                                    processes) == [0, 0]
 
 
 def test_several_learning_rates_in_one_pass_are_each_as_if_alone(workplace, tmp_path, capsys):
@@ -268,12 +288,23 @@ def test_killed_probe_resumes_bit_exactly(workplace, tmp_path):
     ('linear.lr=0', 'linear.lr: 0'), ('normalization=imagnet', 'normalization: .imagnet'),
     ('linear.more_lrs=[0.1, a]', 'linear.more_lrs: a'), ('linear.milestones=[0]', 'linear.milestones: 0'),
     ('linear.optimizer=lar', 'linear.optimizer: .lar. is none of sgd, lars'), ('metric=top2', 'metric: .top2'),
+    ('linear.crop_scale=[0.5, 2]', 'crop_scale is .0.5, 2.'), ('linear.flip=2', 'flip is 2'),
+    ('resize=8', 'resize is 8'), ('linear.momentum=-1', 'linear.momentum: -1'), ('linear.weight_decay=-1', 'linear.weight_decay: -1'),
+    ('num_workers=0', 'num_workers: 0'), ('test_beton=FOLDER/unlabelled.beton', 'images without label'),
     ('precision=fp8', 'precision')])
 def test_impossible_settings_leave_nothing_behind(workplace, tmp_path, change, message):
     with pytest.raises((Fail, ValueError), match=message) as error:
-        linear_eval.main(config_of(workplace, f'output={tmp_path}/out', change))
+        linear_eval.main(config_of(workplace, f'output={tmp_path}/out', change.replace('FOLDER', str(workplace))))
     assert type(error.value).__name__ in ('Fail', 'DataError') and '\n' not in str(error.value)
     assert not (tmp_path / 'out').exists()
+
+
+def test_the_patches_of_a_vit_must_divide_the_image(workplace, tmp_path):
+    network = build_backbone('vit_small', patch_size=8, image_size=16)
+    torch.save({'state_dict': network.state_dict(), 'arch': 'vit_small', 'patch_size': 8, 'mean': MEAN, 'std': STD,
+                'image_size': 16}, tmp_path / 'vit.pt')
+    with pytest.raises(Fail, match='image_size: 20 is not a multiple of the 8 px patches of vit_small'):
+        linear_eval.main(config_of(workplace, f'checkpoint={tmp_path}/vit.pt', 'image_size=20'))
 
 
 def test_yaml_errors_are_one_line_and_exit_code_2(workplace):

@@ -31,6 +31,9 @@ def workplace(tmp_path_factory):
         image = random.integers(0, 60, (16, 16, 3), np.uint8)
         image[..., i % 3] += 150
         return image, None, i % 3, i, -1
+    for name, shift in (('unlabelled', -2), ('foreign', 1)):
+        write_beton(folder / f'{name}.beton', lambda i: (*samples(i)[:2], max(i % 3 + shift, -1), i, -1), 31, {},
+                    num_workers=1)
     dataset = {'name': 'folder', 'root': str(folder / 'images'), 'split': 'train', 'subset': None}
     write_beton(folder / 'train.beton', samples, 96, {'dataset': dataset}, num_workers=1)
     write_beton(folder / 'test.beton', samples, 31, {}, num_workers=1)
@@ -150,6 +153,14 @@ def test_learns_resumes_exactly_and_shows_what_is_finished(workplace, tmp_path, 
     assert lines(tmp_path / 'list')[12]['loss'] == log[12]['loss']
 
 
+@pytest.mark.parametrize('name', ['in1k_1percent', 'in1k_10percent_swav', 'in1k_5percent_copgen'])
+def test_runs_from_the_experiments_that_ship(workplace, tmp_path, name):
+    changes = [str(ROOT / f'yamls/semi_eval/{name}.yaml'), *changes_of(workplace, f'output={tmp_path}')[1:]]
+    semi_eval.main(load_config(semi_eval.DEFAULTS, [
+        change for change in changes if not change.startswith('lr_')] + ['epochs=1']))
+    assert results(tmp_path)['train_images'] == 24 and len(lines(tmp_path)) == 3
+
+
 def test_the_backbone_moves_at_its_own_rate(workplace, tmp_path):
     main(workplace, f'output={tmp_path}/frozen', 'lr_backbone=1e-30', 'epochs=1')
     main(workplace, f'output={tmp_path}/both', 'epochs=1')
@@ -176,10 +187,13 @@ def test_two_processes_do_the_same(workplace, tmp_path):
     ('subset.share=0', 'subset.share: 0'), ('subset.file=none.txt', 'none.txt: cannot be read'),
     ('batch_size=25', 'batch_size: 25 is more than the 24 images'), ('batch_size=1', 'batch_size: 1'),
     ('epochs=0', 'epochs: 0'), ('lr_head=0', 'lr_head: 0'), ('milestones=[0]', 'milestones: 0'),
-    ('normalization=imagnet', 'normalization: .imagnet'), ('precision=fp8', 'precision')])
+    ('normalization=imagnet', 'normalization: .imagnet'), ('precision=fp8', 'precision'),
+    ('test_beton=FOLDER/unlabelled.beton', 'images without label'), ('momentum=-1', 'momentum: -1'),
+    ('test_beton=FOLDER/foreign.beton', 'has a label 3; those of the training images end at 2'),
+    ('nesterov=true momentum=0', 'nesterov: needs a momentum'), ('weight_decay=-1', 'weight_decay: -1')])
 def test_impossible_settings_leave_nothing_behind(workplace, tmp_path, change, message):
     with pytest.raises((Fail, ValueError), match=message) as error:
-        main(workplace, f'output={tmp_path}/out', change)
+        main(workplace, f'output={tmp_path}/out', *change.replace('FOLDER', str(workplace)).split(' '))
     assert type(error.value).__name__ in ('Fail', 'DataError') and '\n' not in str(error.value)
     assert not (tmp_path / 'out').exists()
 

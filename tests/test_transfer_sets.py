@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.io
+import torchvision
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,6 +63,28 @@ def test_dtd_trains_on_training_and_validation_images(tmp_path):
     assert [Path(p).parts[-2:] for p in paths] == [('dotted', '0.jpg'), ('woven', '0.jpg'), ('dotted', '1.jpg'),
                                                    ('woven', '1.jpg')] and labels == [0, 1, 0, 1]
     assert len(read(tmp_path, 'DTD', 'val')[0]) == len(read(tmp_path, 'DTD', 'test')[0]) == 2
+
+
+def test_flowers_trains_on_training_and_validation_images_and_cars_on_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(torchvision.datasets.Flowers102, '_check_integrity', lambda self: True)  # checksums of the real
+    home = tmp_path / 'flowers-102'
+    put(home / 'jpg', *(f'image_{i:05d}.jpg' for i in range(1, 7)))
+    scipy.io.savemat(home / 'imagelabels.mat', {'labels': [[77, 1, 77, 2, 3, 4]]})
+    scipy.io.savemat(home / 'setid.mat', {'trnid': [[4, 5]], 'valid': [[1, 6]], 'tstid': [[2, 3]]})
+    paths, labels = read(tmp_path, 'Flowers102', 'train')
+    assert [Path(p).stem[-1] for p in paths] == ['4', '5', '1', '6'] and labels == [1, 2, 76, 3]
+    assert read(tmp_path, 'Flowers102', 'test')[1] == [0, 76]
+
+    home = tmp_path / 'stanford_cars'
+    put(home, *(f'cars_{split}/{i}.jpg' for split in ('train', 'test') for i in (1, 2)))
+    (home / 'devkit').mkdir()
+    for file, classes in (('devkit/cars_train_annos', (196, 1)), ('cars_test_annos_withlabels', (7, 8))):
+        rows = np.array([(c, f'{i}.jpg') for i, c in enumerate(classes, 1)], [('class', object), ('fname', object)])
+        scipy.io.savemat(home / f'{file}.mat', {'annotations': rows})
+    scipy.io.savemat(home / 'devkit/cars_meta.mat', {'class_names': np.array(['a', 'b'], object)})
+    assert read(tmp_path, 'StanfordCars', 'train') == (['stanford_cars/cars_train/1.jpg',
+                                                        'stanford_cars/cars_train/2.jpg'], [195, 0])
+    assert read(tmp_path, 'StanfordCars', 'test')[1] == read(tmp_path, 'StanfordCars', 'val')[1] == [6, 7]
 
 
 def test_sun397_has_its_first_partition(tmp_path):

@@ -42,21 +42,19 @@ def workplace(tmp_path_factory):
     np.savez(folder / 'fg_proportion.npz', pc=random.normal(size=192).astype(np.float32), encoder=clip.fingerprint())
     np.savez(folder / 'other.npz', pc=random.normal(size=192).astype(np.float32), encoder='0123')
     np.save(folder / 'narrow.npy', np.ones(7, np.float32))
-    (folder / 'small.yaml').write_text(f"""
-clip: {{model: {ROOT}/tiny/clip}}
-quality: {{pc: {folder}/fg_proportion.npz}}
-batch: 4
-num_workers: 1
-precision: fp32
-examples: 12
-""")
     return folder, images, clip
 
 
-def evaluate(workplace, name, output, *changes):
+def changes_of(workplace, name, *changes):
     folder, _, _ = workplace
-    view_eval.main(load_config(view_eval.DEFAULTS, [str(folder / 'small.yaml'), f'pairs={folder}/{name}.beton',
-                                                    f'output={output}', *changes], nullable=('images',)))
+    return [str(ROOT / 'yamls/view_eval/cifar10.yaml'), f'clip.model={ROOT}/tiny/clip', f'pairs={folder}/{name}.beton',
+            f'quality.pc={folder}/fg_proportion.npz', 'batch=4', 'num_workers=1', 'precision=fp32', 'examples=12',
+            *changes]
+
+
+def evaluate(workplace, name, output, *changes):
+    view_eval.main(load_config(view_eval.DEFAULTS, changes_of(workplace, name, f'output={output}', *changes),
+                               nullable=('images',)))
     return json.loads((output / 'results.json').read_text())
 
 
@@ -86,7 +84,7 @@ def test_levels_and_exchanged_views(workplace, tmp_path):
 def test_measures_are_those_of_the_encoder(workplace, tmp_path):
     """Cosines and qualities pair by pair, straight from the images."""
     folder, images, clip = workplace
-    config = load_config(view_eval.DEFAULTS, [str(folder / 'small.yaml'), f'pairs={folder}/exchanged.beton'])
+    config = load_config(view_eval.DEFAULTS, changes_of(workplace, 'exchanged'))
     positions, pc = np.flatnonzero(LEVELS >= 0), torch.from_numpy(np.load(folder / 'fg_proportion.npz')['pc'])
     originals, views, quality = view_eval.embed(config, clip, pc, positions, Processes('cpu'), torch.float32)
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (clip.mean, clip.std))
@@ -100,8 +98,8 @@ def test_measures_are_those_of_the_encoder(workplace, tmp_path):
 
 def test_retrieval(workplace, monkeypatch):
     """The planted twins find each other, no image itself, and blocks change nothing."""
-    folder, _, clip = workplace
-    config = load_config(view_eval.DEFAULTS, [str(folder / 'small.yaml'), f'pairs={folder}/same.beton'])
+    _, _, clip = workplace
+    config = load_config(view_eval.DEFAULTS, changes_of(workplace, 'same'))
     positions = np.flatnonzero(LEVELS >= 0)
     originals, _, _ = view_eval.embed(config, clip, None, positions, Processes('cpu'), torch.float32)
     cosines, numbers = view_eval.nearest_other(originals, Processes('cpu'))
@@ -137,12 +135,10 @@ def test_drawn_pairs_without_component(workplace, tmp_path, capsys):
 
 def test_two_processes_find_the_same(workplace, tmp_path):
     one = evaluate(workplace, 'half', tmp_path / 'one', 'images=15')  # does not divide by 2
-    folder, _, _ = workplace
     run = subprocess.run(
         [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2',
-         str(ROOT / 'view_eval.py'), str(folder / 'small.yaml'), f'pairs={folder}/half.beton', 'images=15',
-         f'output={tmp_path}/two'], env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True,
-        timeout=900)
+         str(ROOT / 'view_eval.py'), *changes_of(workplace, 'half', 'images=15', f'output={tmp_path}/two')],
+        env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True, timeout=900)
     assert run.returncode == 0, run.stderr
     two = json.loads((tmp_path / 'two/results.json').read_text())
     for key in ('pairs', 'without_view', 'encoder'):
