@@ -557,7 +557,7 @@ def test_views_made_elsewhere(settings, stage1, tmp_path, capsys):
     plain = generate(settings, tmp_path, **changes, proportions='', noise_level=250, output=str(tmp_path / 'plain'))
     assert set(data.Reader(str(plain / 'pairs.beton')).metadata['f4'].tolist()) == {-1, 250}
     with pytest.raises(DataError, match='no file in .* is named like an image of the dataset'):
-        generate(settings, tmp_path, **{**changes, 'views_root': str(root / 'deep')}, output=str(tmp_path / 'no'))
+        generate(settings, tmp_path, **{**changes, 'views_root': str(stage1)}, output=str(tmp_path / 'no'))
     with pytest.raises(DataError, match='images of CIFAR10 have none'):
         data.ForeignViews(data.Source('CIFAR10', None, [0, 1], []), root, 40)
 
