@@ -248,7 +248,7 @@ def atomic(path, write):
     """write(temporary_path), then rename: a reader sees the old file or the new one, never half of one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp{path.suffix}')
+    temporary = path.with_name(f'.{path.name}.{os.uname().nodename}.{os.getpid()}.tmp{path.suffix}')
     try:
         write(temporary)
         with open(temporary, 'rb') as file:

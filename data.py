@@ -5,13 +5,14 @@
     loader = PairLoader('cifar10.beton', [recipe, recipe], batch_size=256, seed=0, num_workers=8)
     for batch in loader.epoch(0): ...
 
-The file is a stock FFCV beton with the fields `image`, `view`, `label`, `index`, `noise_level`: any FFCV Loader reads
-it. FFCV's format, reader and JPEG decoder are used as they are; its worker processes and its EpochIterator are not:
-the first leave orphans and hang when a sample is bad, the second hangs on an exception, leaks a thread on an early
-`break`, overwrites the batches it has handed out and compiles for seconds at every start. In their place stand a thread
-pool and one kernel, compiled once per machine (numba caches it beside this file), that reads, decodes, crops and
-augments all views of a sample. It reads with pread() through the page cache instead of a memory map: as fast, works for
-a file larger than RAM, and a file truncated under our feet is an error message instead of a bus error.
+The file is a stock FFCV beton with the fields `image`, `view`, `label`, `index`, `noise_level` (and `view_2`, ... where
+images have several views): any FFCV Loader reads it. FFCV's format, reader and JPEG decoder are used as they are; its
+worker processes and its EpochIterator are not: the first leave orphans and hang when a sample is bad, the second hangs
+on an exception, leaks a thread on an early `break`, overwrites the batches it has handed out and compiles for seconds
+at every start. In their place stand a thread pool and one kernel, compiled once per machine (numba caches it beside
+this file), that reads, decodes, crops and augments all views of a sample. It reads with pread() through the page cache
+instead of a memory map: as fast, works for a file larger than RAM, and a file truncated under our feet is an error
+message instead of a bus error.
 
 Every random number is a hash of (seed, epoch, index of the image, view): pixels do not depend on the number of threads,
 processes or on where a run was resumed. The arithmetic is that of torchvision's transforms on PIL images, bit for bit
@@ -21,6 +22,7 @@ JPEGs are decoded with FFCV's fast DCT, which is about one level from PIL's deco
 import difflib
 import fcntl
 import inspect
+import io
 import json
 import math
 import os
@@ -31,7 +33,7 @@ import tempfile
 import threading
 import warnings
 import zlib
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from ctypes import c_void_p, cast as c_cast
@@ -142,6 +144,14 @@ def _permutation_keys(seed, epoch, n):
     for i in range(n):
         keys[i] = _key(seed, epoch, i, 1 << 32)
     return keys
+
+
+@njit(**JIT)
+def _choose(seed, epoch, keys, counts):                  # which of its views a sample shows in this epoch
+    chosen = np.empty(len(keys), np.int64)
+    for i in range(len(keys)):
+        chosen[i] = int(_uniform(_key(seed, epoch, keys[i], 1 << 34), 0) * counts[i])
+    return chosen
 
 
 @njit(**JIT)
@@ -567,6 +577,14 @@ def source_dataset(spec):
         socket.setdefaulttimeout(patience)
 
 
+def shrink(image, side):
+    """A PIL image whose shorter side is at most `side` pixels (None: as it is)."""
+    scale = side and side / min(image.size)
+    if scale and scale < 1:
+        image = image.resize([max(1, round(s * scale)) for s in image.size], Image.Resampling.LANCZOS)
+    return image
+
+
 def _check_keys(given, known, where):
     if not isinstance(given, dict):
         raise DataError(f'{where}: expected the keys {", ".join(known)}, not {given!r}')
@@ -752,22 +770,136 @@ def _torchvision(name, root, split, download):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Views: chunks of generated ones, and such as were made elsewhere
+
+def write_chunk(path, files):
+    """A tar at `path` of {name: bytes, or a future of them}. The same files give the same bytes: no time stamps."""
+    with tarfile.open(path, 'w', format=tarfile.USTAR_FORMAT) as tar:
+        for name, content in sorted(files.items()):
+            content = content if isinstance(content, bytes) else content.result()
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+
+
+def read_chunk(path):
+    with tarfile.open(path) as tar:
+        return {member.name: tar.extractfile(member).read() for member in tar}
+
+
+def chunk_defects(path, records, views, side):
+    """What is wrong with a chunk, [(kind, where)], and the checksums of its views, {name: bytes}.
+
+    records    {index: what must stand in its .json; more may}
+    views      {name: index} of the views that must be there, `side` pixels a side"""
+    if not path.exists():
+        return [('missing chunks', path.name)], {}
+    try:
+        files = read_chunk(path)
+    except Exception as error:                           # a damaged header can be anything
+        return [('unreadable chunks', f'{path.name}: {error}')], {}
+    named, failed = {f'{i:08d}.json': i for i in records}, set()
+    wrong = [('files too many', f'{path.name}/{name}') for name in files if name not in named and name not in views]
+    for name, i in named.items():
+        try:
+            found = json.loads(files[name])
+            wrong += [(f'other {key} in the record', name) for key in records[i] if found.get(key) != records[i][key]]
+            if 'error' in found and 'error' not in records[i]:
+                wrong.append(('failed views', f'{name}: {found["error"]}'))
+                failed.add(i)
+        except (KeyError, AttributeError, ValueError):
+            wrong.append(('missing or unreadable records', f'{path.name}/{name}'))
+    for name, i in views.items():
+        try:
+            pixels = np.asarray(Image.open(io.BytesIO(files[name])).convert('RGB'))
+            if pixels.shape[:2] != (side, side):
+                wrong.append(('views of another size', name))
+            if np.ptp(pixels) < 3:
+                wrong.append(('black or constant views', name))
+        except KeyError:
+            wrong += [] if i in failed else [('missing views', name)]
+        except Exception:                                # PIL raises a dozen types for a damaged file
+            wrong.append(('unreadable views', name))
+    return wrong, {name: sha256(files[name]).digest() for name in views if name in files}
+
+
+class StoredViews:
+    """views[i] -> the views of image i, a list of uint8 (H, W, 3), from the chunks in a folder; any thread may ask.
+
+    names(i): what they are called in the chunk. Raises DataError for a chunk that cannot be read."""
+
+    def __init__(self, folder, chunk_size, names):
+        self.folder, self.chunk_size, self.names = folder, chunk_size, names
+        self.lock, self.chunks = threading.Lock(), {}
+
+    def __getitem__(self, i):
+        number = i // self.chunk_size
+        with self.lock:
+            if number not in self.chunks:
+                path = self.folder / f'{number:06d}.tar'
+                try:
+                    files = read_chunk(path)
+                except (OSError, tarfile.TarError) as error:
+                    raise DataError(f'{path}: cannot be read ({error}); delete it, and the same command makes it '
+                                    'again') from None
+                self.chunks = {**dict(list(self.chunks.items())[-1:]), number: files}  # neighbours ask in turn
+            files = self.chunks[number]
+        return [np.asarray(Image.open(io.BytesIO(files[n])).convert('RGB')) for n in self.names(i) if n in files]
+
+
+class ForeignViews:
+    """views[i] -> a list of the view of image i, made elsewhere, or an empty one where there is none that can be read.
+
+    The view is the file below `root` of the same path as the image below the root of its Source; the extension may
+    differ. Its shorter side is reduced to `side` pixels. Attributes: files, a Path or None for each image, and left,
+    the files that belong to no image. Raises DataError when the images have no paths or none has a view."""
+
+    def __init__(self, source, root, side):
+        root, self.side, paths = Path(root), side, [source.path(i) for i in range(len(source))]
+        if None in paths:
+            raise DataError(f'source: views made elsewhere are found by file name, and images of {source.name} have '
+                            'none; only a dataset of files can have such views (name: folder, for one)')
+        if not root.is_dir():
+            raise DataError(f'views_root: {root} is not a folder')
+        stem = lambda path: os.path.splitext(path)[0]
+        files = sorted(str(p.relative_to(root)) for p in root.rglob('*') if p.suffix.lower() in EXTENSIONS)
+        exact, stems, same = set(files), {stem(f): f for f in files}, Counter(map(stem, paths))
+        found = [p if p in exact else stems.get(stem(p)) if same[stem(p)] == 1 else None for p in paths]
+        if not any(found):
+            raise DataError(f'views_root: no file in {root} ({", ".join(files[:1]) or "which has no images"}) is named '
+                            f'like an image of the dataset ({paths[0]}); all but the extension must be the same')
+        self.files, self.left = [f and root / f for f in found], sorted(exact - set(found))
+
+    def __getitem__(self, i):
+        try:
+            return [np.asarray(shrink(_rgb(Image.open(self.files[i])), self.side))]
+        except Exception:                                # PIL raises a dozen types for a damaged file
+            return []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The paired beton: writing and verifying
 
 FIELDS = {'image': RGBImageField, 'view': RGBImageField, 'label': IntField, 'index': IntField, 'noise_level': IntField}
-METADATA = get_metadata_type([kind() for kind in FIELDS.values()])           # f0 .. f4
 JPG, RAW = 0, 1                                          # FFCV's numbers for the two ways to store an image
 BLOCK = 1 << 24                                          # bytes per checksum
 
 
-def write_beton(path, samples, n, settings, mode='raw', quality=95, num_workers=2, page_size=None):
+def beton_fields(views=1):
+    """{name: FFCV field} of a beton with so many views per image, and the type of its metadata, f0, f1, ..."""
+    fields = FIELDS | {f'view_{v}': RGBImageField for v in range(2, views + 1)}
+    return fields, get_metadata_type([kind() for kind in fields.values()])
+
+
+def write_beton(path, samples, n, settings, mode='raw', quality=95, num_workers=2, page_size=None, views=1):
     """Write n samples as the paired beton `path` and its sidecar `<path>.json`; return the sidecar (a dict).
 
     samples    function i -> (image, view, label, index, noise_level), called from num_workers threads at once: image
-               uint8 RGB (H, W, 3), view the same or None (then noise_level must be -1)
+               uint8 RGB (H, W, 3), view the same or None (then noise_level must be -1); or a list of `views` such
     settings   any JSON, kept in the sidecar
     mode       'raw' stores pixels (CIFAR-size images), 'jpg' encodes them with `quality`
     page_size  bytes, a power of two; no stored image may be larger. Default: 2 MiB for small raw images, else 8 MiB
+    views      views per image: the second and further ones become the fields `view_2`, `view_3`, ...
     The bytes do not depend on num_workers. Writes to `<path>.partial` and renames; after an error the partial file is
     removed. Raises DataError for a sample that cannot be stored and when the disk is full."""
     path, partial = Path(path), Path(f'{path}.partial')
@@ -775,6 +907,8 @@ def write_beton(path, samples, n, settings, mode='raw', quality=95, num_workers=
             or page_size is not None and page_size not in [1 << k for k in range(12, 32)]:
         raise DataError(f'{path}: mode ({mode!r}) must be raw or jpg, n ({n}) and num_workers ({num_workers}) at least '
                         f'1, quality ({quality}) 1 to 100, page_size ({page_size}) a power of two from 4096 to 2 GiB')
+    fields, metadata_type = beton_fields(views)
+    pictures = [f'f{k}' for k, kind in enumerate(fields.values()) if kind is RGBImageField]
     try:
         json.dumps(settings)
     except (TypeError, ValueError) as e:                 # now, not after hours
@@ -800,7 +934,10 @@ def write_beton(path, samples, n, settings, mode='raw', quality=95, num_workers=
             raise DataError(f'{path}: sample {i}: index must be >= 0 (is {index}), noise_level -1 without a view and '
                             f'>= 0 with one (is {noise_level})')
         view = np.zeros((1, 1, 3), np.uint8) if view is None else view
-        return (stored(image, i, 'image'), stored(view, i, 'view')), (label, index, noise_level)
+        several = view if isinstance(view, list) else [view] * (views if noise_level < 0 else 1)
+        if len(several) != views:
+            raise DataError(f'{path}: sample {i}: {len(several)} views where {views} are expected')
+        return [stored(image, i, 'image'), *(stored(v, i, 'view') for v in several)], (label, index, noise_level)
 
     try:
         file = open(partial, 'ab')
@@ -813,11 +950,11 @@ def write_beton(path, samples, n, settings, mode='raw', quality=95, num_workers=
         with file, ThreadPoolExecutor(num_workers) as pool:
             if page_size is None:
                 page_size = 1 << (21 if mode == 'raw' and len(sample(0)[0][0][-1]) <= 1 << 17 else 23)
-            descriptors = np.zeros(len(FIELDS), FieldDescType)
-            for descriptor, (name, kind) in zip(descriptors, FIELDS.items()):
+            descriptors = np.zeros(len(fields), FieldDescType)
+            for descriptor, (name, kind) in zip(descriptors, fields.items()):
                 descriptor['type_id'] = 2 if kind is RGBImageField else 1
                 descriptor['name'][:len(name)] = np.frombuffer(name.encode(), np.uint8)
-            metadata, regions = np.zeros(n, METADATA), np.zeros((n, 2), ALLOC_TABLE_TYPE)
+            metadata, regions = np.zeros(n, metadata_type), np.zeros((n, 1 + views), ALLOC_TABLE_TYPE)
             at = HeaderType.itemsize + descriptors.nbytes + metadata.nbytes
             at += -at % page_size                        # as FFCV: data starts on a page, no image crosses into another
             file.truncate(0)
@@ -831,19 +968,19 @@ def write_beton(path, samples, n, settings, mode='raw', quality=95, num_workers=
                                             f'page of {page_size:,}: use mode jpg or a larger page_size')
                         if at % page_size + len(content) > page_size:
                             at += file.write(bytes(-at % page_size))
-                        metadata[f'f{k}'][i] = kind, w, h, at
+                        metadata[pictures[k]][i] = kind, w, h, at
                         regions[i, k] = i, at, len(content)
                         at += file.write(content)
                     metadata['f2'][i], metadata['f3'][i], metadata['f4'][i] = numbers
             file.write(regions.tobytes())
             file.flush()
-            header = np.array([(CURRENT_VERSION, len(FIELDS), page_size, n, at)], HeaderType)
+            header = np.array([(CURRENT_VERSION, len(fields), page_size, n, at)], HeaderType)
             with open(partial, 'r+b') as front:
                 front.write(header.tobytes() + descriptors.tobytes() + metadata.tobytes())
             os.fsync(file.fileno())
             size = partial.stat().st_size
-            largest = max(int(metadata[f][side].max()) for f in ('f0', 'f1') for side in ('height', 'width'))
-            sidecar = {'samples': n, 'with_view': int((metadata['f4'] >= 0).sum()), 'fields': list(FIELDS),
+            largest = max(int(metadata[f][side].max()) for f in pictures for side in ('height', 'width'))
+            sidecar = {'samples': n, 'with_view': int((metadata['f4'] >= 0).sum()), 'fields': list(fields),
                        'mode': mode, 'quality': quality if mode == 'jpg' else None, 'max_resolution': largest,
                        'settings': settings, 'bytes': size, 'checksum': f'crc32 of every {BLOCK} bytes',
                        'crc32': _crc32(partial, range(-(-size // BLOCK)))}
@@ -897,13 +1034,14 @@ def open_beton(path, verify=True):
                             'or not the file the sidecar belongs to: copy or write both again')
         described = np.fromfile(path, FieldDescType, int(head[0]['num_fields']), offset=HeaderType.itemsize)
         names = [d['name'].tobytes().rstrip(b'\0').decode('ascii', 'replace') for d in described]
-        if fields != list(FIELDS) or names != fields:
+        views = len(names) - len(FIELDS) + 1
+        if not names == fields == list(beton_fields(views)[0]):
             raise DataError(f'{path}: its fields are {", ".join(names)}, not {", ".join(FIELDS)}: write it again')
         key = f'{size} {stat.st_mtime_ns} {stat.st_ino} {zlib.crc32(text.encode())}\n'
         blocks = range(len(crc))
         if not verify or memo.exists() and memo.read_text(errors='replace') == key:
-            front = HeaderType.itemsize + described.nbytes + samples * METADATA.itemsize
-            tail = size - 2 * samples * ALLOC_TABLE_TYPE.itemsize
+            front = HeaderType.itemsize + described.nbytes + samples * beton_fields(views)[1].itemsize
+            tail = size - (1 + views) * samples * ALLOC_TABLE_TYPE.itemsize
             blocks = [k for k in blocks if k * BLOCK < front or (k + 1) * BLOCK > tail]
         wrong = [k for k, found in zip(blocks, _crc32(path, blocks)) if found != crc[k]]
         if wrong:
@@ -956,6 +1094,14 @@ def _recipe_row(recipe, where):
     return row
 
 
+def _sources(reader, views, columns):
+    """Where image and views of every sample lie, (n, 1 + columns), and their bytes; the last view fills up."""
+    fields = [0, 1, *range(5, 4 + views)]
+    fill = np.minimum(np.arange(1 + columns), views)
+    size = reader.alloc_table['size'].astype(np.int64).reshape(-1, 1 + views)
+    return np.stack([reader.metadata[f'f{k}'] for k in fields], 1)[:, fill], size[:, fill]
+
+
 class PairLoader:
     """Batches of augmented views from a paired beton.
 
@@ -969,6 +1115,7 @@ class PairLoader:
                  'second'. A sample without a synthetic image takes every view from the original. Further views, the
                  small crops of SwAV, share the images of the pair out: the third is cut from the image of the first
                  view, the fourth from that of the second, and so on in turn.
+                 Of an image with several synthetic images each epoch draws one.
     batch_size   samples per process; world processes share a global batch
     num_workers  threads that decode and augment
     indices      positions to use, counted through all betons (default: all)
@@ -1017,17 +1164,18 @@ class PairLoader:
         self.swap = {'random': -1, 'first': 0, 'second': 1}[swap]
         self.seed, self.rank, self.world, self.num_workers = seed, rank, world, num_workers
         self.files, readers = [open(p, 'rb') for p in self.paths], [Reader(str(p)) for p in self.paths]
-        self.metadata = np.concatenate([reader.metadata for reader in readers])
-        self.region_bytes = np.concatenate([reader.alloc_table['size'] for reader in readers]).astype(np.int64)
-        self.region_bytes = self.region_bytes.reshape(n, 2)
+        self.metadata = np.concatenate([reader.metadata[[f'f{k}' for k in range(5)]] for reader in readers])
+        counts = [len(reader.metadata.dtype) - 4 for reader in readers]          # views per image
+        self.stored, self.region_bytes = (np.concatenate(parts) for parts in zip(*(
+            _sources(reader, count, max(counts)) for reader, count in zip(readers, counts))))
+        self.view_count = np.repeat(counts, [sidecar['samples'] for sidecar in sidecars])
         self.file_of = np.repeat(np.arange(len(readers)), [sidecar['samples'] for sidecar in sidecars])
         # an index may occur in several betons: after the first one the position counts, which no index reaches
         self.keys = np.where(self.file_of == 0, self.metadata['f3'], (1 << 62) + np.arange(n))
         self.io = np.array([c_cast(libc.pread, c_void_p).value, c_cast(ctypes_imdecode, c_void_p).value,
                             *(file.fileno() for file in self.files)], np.int64)
         size = int(self.recipes[:, SIZE].max())
-        height, width = (np.maximum(self.metadata['f0'][side], self.metadata['f1'][side]).astype(np.int64)
-                         for side in ('height', 'width'))
+        height, width = (self.stored[side].max(1).astype(np.int64) for side in ('height', 'width'))
         self.scratch = [(self.region_bytes.max(), np.uint8), ((2, 3 * (height * width).max()), np.uint8),
                         (3 * height.max() * size, np.uint8), (3 * size ** 2, np.uint8), (2 * size ** 2, np.float32)]
         self.threads, self.local = ThreadPoolExecutor(num_workers, 'PairLoader'), threading.local()
@@ -1074,9 +1222,10 @@ class PairLoader:
         ids = ids[self.rank * len(ids) // self.world:(self.rank + 1) * len(ids) // self.world]
         meta, n = self.metadata[ids], len(ids)
         table = np.empty((n, 13), np.int64)
-        for source in (IMAGE, VIEW):
-            stored, columns = meta[f'f{source}'], table[:, 5 * source:5 * source + 5].T
-            columns[:] = (stored['data_ptr'], self.region_bytes[ids, source], stored['height'], stored['width'],
+        drawn = _choose(self.seed, epoch, self.keys[ids], self.view_count[ids])
+        for source, column in ((IMAGE, 0), (VIEW, 1 + drawn)):
+            stored, columns = self.stored[ids, column], table[:, 5 * source:5 * source + 5].T
+            columns[:] = (stored['data_ptr'], self.region_bytes[ids, column], stored['height'], stored['width'],
                           stored['mode'] == JPG)
         table[:, FILE], table[:, KEY], table[:, HAS_VIEW] = self.file_of[ids], self.keys[ids], meta['f4'] >= 0
         areas = (self.recipes[:, SIZE] ** 2 * 3).astype(np.int64) * n

@@ -2,31 +2,41 @@
 
     python gen_views.py yamls/gen_views/cifar10_adaptive.yaml
     torchrun --nproc-per-node 8 gen_views.py yamls/gen_views/in1k_adaptive.yaml
+    python gen_views.py yamls/gen_views/in1k_adaptive.yaml shard=3/64     # a Slurm array needs no shard
+    python gen_views.py yamls/gen_views/in1k_adaptive.yaml verify=true
 
 Reads the noise levels and CLIP embeddings of stage 1 (fg_proportion.py). Views are kept in chunks of consecutive
 images, OUTPUT/views/000012.tar with {index:08d}.png (or .jpg) and .json, WebDataset's naming. A chunk appears when it
 is complete and is never made again: the same command goes on where a killed one stopped, and processes share the work
 by taking every n-th chunk. The process that finds all chunks there writes OUTPUT/pairs.beton and pairs.png.
 
+verify=true reads everything back (each process its share of the chunks; duplicates are looked for within it), counts
+what is wrong and exits with 1. A chunk with something wrong becomes 000012.tar.bad (empty where the chunk was missing):
+it has been reported, and the same command, with verify=true or without, makes it again. The same holds for a beton that
+is damaged or was packed from such chunks.
+
 The view of image i depends on (seed, i) and the settings alone, not on batches, processes or order. (In half precision
 a GPU rounds differently for other batch sizes: the same picture, not the same bytes.)
 """
 import io
 import json
+import os
 import sys
-import tarfile
-import threading
 import time
 import zlib
-from collections import Counter
+from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from tqdm import tqdm
 
-from common import Fail, Log, Processes, StopSignal, atomic, run, save_json
-from data import BeingWritten, open_beton, source_dataset, write_beton
+from common import Fail, Log, Processes, StopSignal, atomic, changed_keys, run, save_json, shard
+from data import (BeingWritten, DataError, ForeignViews, StoredViews, chunk_defects, open_beton, shrink, source_dataset,
+                  write_beton, write_chunk)
 
 DEFAULTS = """
 output: ''                # run folder
@@ -37,17 +47,24 @@ dataset:                  # the images, as in stage 1
   download: false
   subset: null            # the first images of each class, this many in all; null: all
 proportions: ''           # run folder of fg_proportion.py: noise levels and embeddings of the same images
+source: generator         # generator | folder (views made elsewhere, such as the official pre-generated ones)
+views_root: ''            # of source folder: its files are named like the images below root, up to the extension
 strategy: adaptive        # adaptive (eq. 8) | constant | random (0, 100, ..., 400) (Table 7) | none (no views: a beton
                           # for baselines and for evaluation sets)
-noise_level: 200          # of strategy constant, 0-999
+noise_level: 200          # of strategy constant (and of views made elsewhere, where `proportions` is empty), 0-999
 generator:
   model: ''               # folder in diffusers' layout or hub id of a Stable unCLIP image-variation model
   fallbacks: []           # further ids, tried in turn
   steps: 20               # denoising steps (appendix A)
   guidance_scale: 10.0    # (appendix A)
   precision: auto         # fp32 | bf16 | fp16 | auto: fp16 on a GPU, on a CPU bf16 if it has AMX and else fp32
+  condition: stored       # stored: the embeddings of stage 1 | pipeline: the generator's own image encoder sees the
+                          # images, for one that was trained with another encoder than that of stage 1
+  vae_slicing: false      # decode one image after the other: less memory
+  compile: false          # torch.compile of the UNet: the first batch takes minutes, the others less
 seed: 0
-batch_size: 16            # images at once
+views_per_image: 1        # the loader then draws one per epoch
+batch_size: 16            # images at once; halved when the GPU has not enough memory
 chunk_size: 1000          # images a chunk: what a killed process loses at most
 view_size: 512            # pixels a side of the stored view (official code: 768 reduced to 512)
 view_format: jpg          # jpg (quality 95) | png (lossless, for small views)
@@ -55,7 +72,11 @@ image_size: null          # shorter side of the stored original; null: as it is
 beton_mode: jpg           # jpg | raw (for images of a few thousand pixels)
 beton_quality: 90         # of jpg
 grid: 40                  # pairs in pairs.png
-num_workers: 2            # threads that write the beton
+num_workers: 2            # threads that encode, write and check
+shard: ''                 # i/n: take every n-th chunk from the i-th on (0/4 ... 3/4); empty: the Slurm array's, if any
+verify: false             # true: read everything back (see above)
+pack: null                # null: whichever process finds all chunks there writes the beton | true: do nothing else |
+                          # false: leave it
 device: auto              # auto | cpu | cuda
 """
 LEVELS = (0, 100, 200, 300, 400)
@@ -64,77 +85,119 @@ LEVELS = (0, 100, 200, 300, 400)
 def main(config):
     processes = Processes(config['device'], group=False)  # nothing here waits for another process
     check(config)
-    stop, output = StopSignal(), Path(config['output'])
+    first, step = shard(config['shard'], processes)
+    stop, output, elsewhere = StopSignal(), Path(config['output']), config['source'] == 'folder'
     source = source_dataset(config['dataset'])
     levels, embeddings, checksum = noise_levels(config, len(source))
     settings = {'stage': 'gen_views', 'dataset': {k: config['dataset'][k] for k in ('name', 'root', 'split', 'subset')},
                 'images': len(source), 'strategy': config['strategy']}
-    if config['strategy'] != 'none':
+    if elsewhere:
+        views = ForeignViews(source, config['views_root'], config['view_size'])
+        levels = np.where([file is None for file in views.files], -1, levels)
+        settings.update(source='folder', views=int((levels >= 0).sum()), levels=zlib.crc32(levels.tobytes()),
+                        **{k: config[k] for k in ('views_root', 'view_size')})
+    elif config['strategy'] != 'none':
+        unseen = {'vae_slicing', 'compile'} | ({'condition'} if config['generator']['condition'] == 'stored' else set())
         settings.update({k: config[k] for k in ('seed', 'view_size', 'view_format', 'chunk_size')},
-                        generator=config['generator'], proportions=checksum,
-                        noise_level=config['noise_level'] if config['strategy'] == 'constant' else None)
+                        generator={k: v for k, v in config['generator'].items() if k not in unseen},
+                        proportions=checksum,
+                        noise_level=config['noise_level'] if config['strategy'] == 'constant' else None,
+                        **({'views_per_image': config['views_per_image']} if config['views_per_image'] > 1 else {}))
     same_settings(output / 'settings.json', settings)  # before anything is written
+    digest = f'{zlib.crc32(json.dumps(settings, sort_keys=True).encode()):08x}'
     log = Log(output, config, main=processes.main)
+    beton, chunks, mine = output / 'pairs.beton', [], []
 
-    if config['strategy'] != 'none':
+    def record(i):
+        """What stands in the chunk beside the view of image i, but for the generator's name."""
+        known = dict(index=i, path=source.path(i), noise_level=int(levels[i]), settings=digest)
+        return known | (dict(error='stage 1 could not read the source image') if levels[i] < 0 else
+                        dict(seed=draw(config['seed'], i)))
+
+    if elsewhere:
+        without = [source.path(i) for i, file in enumerate(views.files) if file is None]
+        for files, what in ((without, 'images have no view'), (views.left, 'files there belong to no image')):
+            log.write(f"{config['views_root']}: {len(files)} {what}" + f": {', '.join(files[:5])}" * bool(files))
+    elif config['strategy'] != 'none':
         chunks = [(output / 'views' / f'{number:06d}.tar', range(start, min(start + config['chunk_size'], len(source))))
                   for number, start in enumerate(range(0, len(source), config['chunk_size']))]
-        todo = [c for c in chunks[processes.rank::processes.world] if not c[0].exists()]
+        mine = chunks[first::step]
+        todo = [c for c in mine if not c[0].exists() and (not config['verify'] or bad(c[0]).exists())]
         log.write(f'{len(source)} images, levels {histogram(levels)}; {len(chunks)} chunks, {len(todo)} to make here')
-        if todo:
-            generate(config, todo, source, levels, embeddings, settings, processes, log, stop)
-        missing = sum(not path.exists() for path, _ in chunks)
-        if missing or stop:
-            log.write(f'{stop.name}: leaving; ' * bool(stop) + f'{missing} of {len(chunks)} chunks are still to be '
-                      'made; the same command goes on')
-            sys.exit(stop.exit_code if stop else 0)
+        if todo and config['pack'] is not True:
+            generate(config, todo, source, levels, embeddings, record, settings, processes, log, stop)
+    if config['verify']:
+        verify(config, mine, record, beton, log, stop)
+    missing = [path.name for path, _ in chunks if not path.exists()]
+    if missing and config['pack'] is True:
+        raise Fail(f"{output / 'views'}: {len(missing)} of {len(chunks)} chunks are missing ({', '.join(missing[:5])}"
+                   f"{', ...' * (len(missing) > 5)}); make them first, without pack=true")
+    if missing or stop:
+        log.write(f'{stop.name}: leaving; ' * bool(stop) + f'{len(missing)} of {len(chunks)} chunks are still to be '
+                  'made; the same command goes on')
+        sys.exit(stop.exit_code if stop else 0)
+    if config['pack'] is False:
+        log.write(f'all chunks are there; pack=true writes {beton}')
+        return
     settings.update({k: config[k] for k in ('image_size', 'beton_mode', 'beton_quality')})
-    beton = output / 'pairs.beton'
     if beton.exists():
-        packed = open_beton(beton, verify=False)['settings']
-        for key, value in settings.items():
-            if packed.get(key) != value:
-                raise Fail(f'{beton}: was packed with {key} = {packed.get(key)!r}, now it is {value!r}; delete it, and '
-                           'the same command packs it again')
+        changed = changed_keys(open_beton(beton, verify=False)['settings'], settings)
+        if changed:
+            raise Fail(f"{beton}: was packed with other settings: {', '.join(changed)}; delete it, and the same "
+                       'command packs it again')
         log.write(f'{beton} is complete')
         return
+    if not elsewhere:
+        views = StoredViews(output / 'views', config['chunk_size'], partial(names, config=config))
     try:
-        pack(config, beton, source, levels, settings, log, stop)
+        pack(config, beton, source, levels, views, settings, log, stop)
     except BeingWritten:
         log.write(f'{beton}: another process is packing it')
 
 
 def check(config):
-    for key in ('output', 'dataset.name', *(('proportions', 'generator.model') if config['strategy'] != 'none' else ())):
-        value = config
-        for part in key.split('.'):
-            value = value[part]
-        if not value:
-            raise Fail(f"'{key}' is not set; write it into the YAML")
+    elsewhere, needs = config['source'] == 'folder', ['output', 'dataset.name']
+    needs += ['views_root'] if elsewhere else ['proportions', 'generator.model'] * (config['strategy'] != 'none')
     for key, allowed in (('strategy', ('adaptive', 'constant', 'random', 'none')), ('view_format', ('jpg', 'png')),
-                         ('beton_mode', ('jpg', 'raw'))):
-        if config[key] not in allowed:
-            raise Fail(f"'{key}' must be one of {', '.join(allowed)}, not {config[key]!r}")
+                         ('beton_mode', ('jpg', 'raw')), ('source', ('generator', 'folder')),
+                         ('pack', (None, True, False)), ('generator.condition', ('stored', 'pipeline'))):
+        if value_of(config, key) not in allowed:
+            raise Fail(f"'{key}' must be one of {', '.join(map(str, allowed))}, not {value_of(config, key)!r}")
+    for key in needs:
+        if not value_of(config, key):
+            raise Fail(f"'{key}' is not set; write it into the YAML")
+    if elsewhere and (config['strategy'] == 'none' or config['views_per_image'] > 1):
+        raise Fail("'source': folder packs one view an image; set views_per_image to 1, strategy to another than none")
     if not 0 <= config['noise_level'] <= 999:
         raise Fail(f"'noise_level' must lie in 0..999, not {config['noise_level']}")
-    for key in ('batch_size', 'chunk_size', 'view_size', 'num_workers'):
+    for key in ('batch_size', 'chunk_size', 'view_size', 'num_workers', 'views_per_image'):
         if config[key] < 1:
             raise Fail(f"'{key}' must be at least 1, not {config[key]}")
+
+
+def value_of(config, key):
+    for part in key.split('.'):
+        config = config[part]
+    return config
 
 
 def noise_levels(config, count):
     """Noise level (-1: no view) and embedding of every image, and a checksum of both."""
     if config['strategy'] == 'none':
         return np.full(count, -1), None, None
-    folder = Path(config['proportions'])
-    for name in ('fg_proportion.npz', 'embeddings.npy'):
+    if not config['proportions']:  # views made elsewhere
+        return np.full(count, config['noise_level']), None, None
+    stored = config['source'] == 'generator' and config['generator']['condition'] == 'stored'
+    folder, embeddings = Path(config['proportions']), None
+    for name in ('fg_proportion.npz', 'embeddings.npy')[:1 + stored]:
         if not (folder / name).is_file():
             raise Fail(f'{folder / name}: no such file; run fg_proportion.py on this dataset first')
-    embeddings = np.load(folder / 'embeddings.npy', mmap_mode='r')
     adaptive = np.load(folder / 'fg_proportion.npz')['noise_level']
-    if not len(adaptive) == len(embeddings) == count:
-        raise Fail(f'{folder}: holds {len(adaptive)} noise levels and {len(embeddings)} embeddings, the dataset '
-                   f'{count} images; run fg_proportion.py with the same dataset keys')
+    if stored:
+        embeddings = np.load(folder / 'embeddings.npy', mmap_mode='r')
+    if not len(adaptive) == len(adaptive if embeddings is None else embeddings) == count:
+        raise Fail(f'{folder}: holds {len(adaptive)} noise levels' + f' and {len(embeddings)} embeddings' * stored +
+                   f', the dataset {count} images; run fg_proportion.py with the same dataset keys')
     if config['strategy'] == 'constant':
         levels = np.full(count, config['noise_level'])
     elif config['strategy'] == 'random':
@@ -142,7 +205,8 @@ def noise_levels(config, count):
     else:
         levels = adaptive.astype(int)
     levels = np.where(adaptive < 0, -1, levels)  # stage 1 could not read these
-    return levels, embeddings, zlib.crc32(levels.tobytes(), zlib.crc32(np.ascontiguousarray(embeddings)))
+    checksum = zlib.crc32(np.ascontiguousarray(embeddings)) if stored else 0
+    return levels, embeddings, zlib.crc32(levels.tobytes(), checksum)
 
 
 def draw(*numbers):
@@ -151,59 +215,114 @@ def draw(*numbers):
 
 
 def histogram(levels):
-    return ', '.join(f'{level}: {n}' if level >= 0 else f'none: {n}' for level, n in sorted(Counter(levels.tolist()).items()))
+    counts = sorted(Counter(levels.tolist()).items())
+    return ', '.join(f"{level if level >= 0 else 'none'}: {n}" for level, n in counts)
 
 
-def same_settings(path, settings):
-    """Views made with other settings must not mix with these. (The file appears with the first chunk.)"""
-    if path.exists():
-        old = json.loads(path.read_text())
-        flat = [{f'{k}.{j}' if isinstance(v, dict) else k: u for k, v in s.items()
-                 for j, u in (v.items() if isinstance(v, dict) else [(None, v)])} for s in (old, settings)]
-        for key in {**flat[1], **flat[0]}:
-            if flat[0].get(key) != flat[1].get(key):
-                raise Fail(f"{path.parent}: was made with {key} = {flat[0].get(key)!r}, now it is "
-                           f'{flat[1].get(key)!r}; choose another output folder or delete this one')
+def same_settings(path, settings, claim=False):
+    """Views made with other settings must not mix with these. claim: write the file, if no other task has."""
+    if claim and not path.exists():
+        own = path.with_name(f'.{path.name}.{os.uname().nodename}.{os.getpid()}')
+        save_json(own, settings)
+        try:
+            os.link(own, path)  # fails where another task was first: nothing is replaced
+        except OSError:
+            if not path.exists():  # a file system without links
+                own.replace(path)
+        own.unlink(missing_ok=True)
+    changed = path.exists() and changed_keys(json.loads(path.read_text()), settings)
+    if changed:
+        raise Fail(f"{path.parent}: was made with other settings: {', '.join(changed)}; choose another output folder "
+                   'or delete this one')
+
+
+def bad(path):
+    return path.with_name(f'{path.name}.bad')
+
+
+def names(i, config):
+    """The views of image i in its chunk, WebDataset's naming."""
+    return [f"{i:08d}{f'.{v + 1}' if v else ''}.{config['view_format']}" for v in range(config['views_per_image'])]
 
 
 # ---------------------------------------------------------------------------------------------------
 # Generation
 
-def generate(config, chunks, source, levels, embeddings, settings, processes, log, stop):
+def generate(config, chunks, source, levels, embeddings, record, settings, processes, log, stop):
     from generators import UnCLIP
     generator = UnCLIP(config['generator'], processes.device)
-    if embeddings.shape[1] != generator.embedding_dim:
+    if embeddings is not None and embeddings.shape[1] != generator.embedding_dim:
         raise Fail(f"{config['proportions']}: embeddings have {embeddings.shape[1]} dimensions, {generator.name} wants "
-                   f'{generator.embedding_dim}; run fg_proportion.py with the CLIP that the generator was trained with')
+                   f'{generator.embedding_dim}; run fg_proportion.py with the CLIP that the generator was trained '
+                   'with, or set generator.condition to pipeline')
     log.write(f'generator {generator.name} on {processes.device}, {generator.dtype}')
-    bar = tqdm(total=sum(len(indices) for _, indices in chunks), unit='view', disable=None)
-    for path, indices in chunks:
-        start, members = time.time(), {}
-        wanted = [i for i in indices if levels[i] >= 0]
-        for at in range(0, len(wanted), config['batch_size']):
-            batch = wanted[at:at + config['batch_size']]
-            real = len(batch)
-            # A full batch always, the last image repeated: rounding may depend on the shape, a view must not.
-            batch = batch + batch[-1:] * (min(config['batch_size'], len(levels)) - real)
-            seeds = [draw(config['seed'], i) for i in batch]
-            images = generator.views(embeddings[batch], levels[batch], seeds)
-            for i, seed, image in list(zip(batch, seeds, images))[:real]:
-                record = dict(index=i, path=source.path(i), seed=seed, noise_level=int(levels[i]),
-                              generator=generator.name)
-                members[i] = (encode(image, config), record)
-            bar.update(real)
+    several, claimed = config['views_per_image'], False
+    size = min(config['batch_size'], len(levels) * several)
+    # Encoding and writing happen while the generator goes on, two batches and one chunk behind at most; what goes wrong
+    # there is raised here.
+    encoding, writing = deque(), deque()
+
+    def collect():
+        while writing:
+            future, path, views, seconds = writing.popleft()
+            future.result()
+            bad(path).unlink(missing_ok=True)
+            log.write(None if bar.disable is False else f'{path.name}: {views} views, {views / seconds:.1f} a second',
+                      step=int(path.stem), views=views, views_per_second=views / seconds)
+
+    total = sum(len(indices) for _, indices in chunks) * several
+    with tqdm(total=total, unit='view', disable=None) as bar, ThreadPoolExecutor(config['num_workers']) as pool:
+        for path, indices in chunks:
+            start, at, files = time.time(), 0, {}
+            records = {i: {**record(i), 'generator': generator.name} for i in indices}
+            wanted = [(i, v) for i in indices if levels[i] >= 0 for v in range(several)]
+            while at < len(wanted) and not stop:
+                part = wanted[at:at + size]
+                # A full batch always, the last view repeated: rounding may depend on the shape, a view must not. To
+                # run on into the next chunk instead would save 0.8 % with batches of 16 and chunks of 1000.
+                full = part + part[-1:] * (size - len(part))
+                batch = [i for i, _ in full]
+                try:  # the images are read for the generator's own encoder alone
+                    pictures = list(pool.map(lambda i: opened(source, i), batch)) if embeddings is None else full
+                    condition = embeddings[batch] if embeddings is not None else generator.embed(
+                        [picture[0] if picture else Image.new('RGB', (64, 64)) for picture in pictures])
+                    images = generator.views(condition, levels[batch], [view_seed(config['seed'], *p) for p in full])
+                except torch.OutOfMemoryError:
+                    if size == 1:
+                        raise Fail(f'{processes.device}: too little memory for one image; set generator.vae_slicing to '
+                                   'true, or generator.precision to fp16') from None
+                    size //= 2
+                    torch.cuda.empty_cache()
+                    print(f'{processes.device}: out of memory; batches of {size} from here on', flush=True)
+                    continue
+                if not claimed:  # only now: a generator that does not work leaves nothing behind
+                    if not images.any():
+                        raise Fail(f'{generator.name}: gave NaN for all of the first batch, in {generator.dtype} and '
+                                   'in fp32: its weights are damaged')
+                    same_settings(Path(config['output']) / 'settings.json', settings, claim=True)
+                    claimed = True
+                for (i, v), picture, image in zip(part, pictures, images):
+                    if not picture or not image.any():
+                        records[i]['error'] = 'the generator gave NaN' if picture else 'source image cannot be read'
+                    else:
+                        files[names(i, config)[v]] = pool.submit(encode, image, config)
+                        encoding.append(files[names(i, config)[v]])
+                while len(encoding) > 2 * size:
+                    encoding.popleft().result()
+                at += len(part)
+                bar.update(len(part))
             if stop:  # chunks are whole or not there
-                bar.close()
-                return
-        for i in indices:
-            members.setdefault(i, (None, dict(index=i, path=source.path(i), noise_level=-1,
-                                              error='stage 1 could not read the source image')))
-        save_json(Path(config['output']) / 'settings.json', settings)
-        atomic(path, lambda temporary: write_chunk(temporary, members, config['view_format']))
-        seconds = time.time() - start
-        log.write(None if bar.disable is False else f'{path.name}: {len(wanted)} views, {len(wanted) / seconds:.1f} a second',
-                  step=int(path.stem), views=len(wanted), views_per_second=len(wanted) / seconds)
-    bar.close()
+                break
+            collect()
+            views, seconds = len(files), time.time() - start
+            files.update({f'{i:08d}.json': json.dumps(r).encode() for i, r in records.items()})
+            writing.append((pool.submit(atomic, path, partial(write_chunk, files=files)), path, views, seconds))
+        collect()
+
+
+def view_seed(seed, i, v):
+    """Of view v of image i; (seed, i, 1) is taken by the random levels."""
+    return draw(seed, i, v + 1) if v else draw(seed, i)
 
 
 def encode(image, config):
@@ -215,81 +334,92 @@ def encode(image, config):
     return file.getvalue()
 
 
-def write_chunk(path, members, suffix):
-    with tarfile.open(path, 'w', format=tarfile.USTAR_FORMAT) as tar:
-        for i, (image, record) in sorted(members.items()):
-            for name, content in ((suffix, image), ('json', json.dumps(record).encode())):
-                if content is not None:
-                    entry = tarfile.TarInfo(f'{i:08d}.{name}')  # no time stamp: the same views give the same bytes
-                    entry.size = len(content)
-                    tar.addfile(entry, io.BytesIO(content))
+# ---------------------------------------------------------------------------------------------------
+# Verification
+
+def verify(config, chunks, record, beton, log, stop):
+    """Read chunks and beton back. What is wrong is counted, what holds it set aside, and the process exits with 1."""
+    def inspect(chunk):
+        path, indices = chunk
+        records = {i: record(i) for i in indices}
+        views = {name: i for i in indices if 'error' not in records[i] for name in names(i, config)}
+        return ([], {}) if stop else chunk_defects(path, records, views, config['view_size'])
+
+    defects, seen, spoilt = [], {}, set()
+    with ThreadPoolExecutor(config['num_workers']) as pool:
+        found = tqdm(pool.map(inspect, chunks), total=len(chunks), unit='chunk', disable=None)
+        for (path, _), (wrong, views) in zip(chunks, found):
+            for name, checksum in views.items():
+                other, where = seen.setdefault(checksum, (name, path))
+                if other != name:
+                    wrong.append(('duplicate views', f'{other} and {name}'))
+                    spoilt.add(where)  # which of the two is wrong nobody knows
+            defects += wrong
+            spoilt |= {path} if wrong else set()
+    if stop:
+        return
+    if beton.exists():
+        Path(f'{beton}.verified').unlink(missing_ok=True)  # every byte, whatever was checked before
+        try:
+            open_beton(beton)
+        except DataError as error:
+            defects.append(('damaged beton', str(error)))
+    kinds = Counter(kind for kind, _ in defects)
+    examples = [f'; {kind}: {n} ({", ".join([what for k, what in defects if k == kind][:3])}{", ..." * (n > 3)})'
+                for kind, n in kinds.items()]
+    print(f'verify: {len(seen)} views in {len(chunks)} chunks' + f' and {beton.name}' * beton.exists()
+          + (''.join(examples) or '; all is well'), flush=True)
+    log.write(verified=len(chunks), defects=kinds)
+    if not defects:
+        return
+    for path in spoilt:
+        path.replace(bad(path)) if path.exists() else bad(path).touch()
+    if beton.exists() and set(kinds) != {'missing chunks'}:
+        beton.replace(bad(beton))
+    print(f'the same command makes {len(spoilt)} chunks again', flush=True)
+    sys.exit(1)
 
 
 # ---------------------------------------------------------------------------------------------------
 # Packing
 
-class Views:
-    """views[i] -> uint8 (H, W, 3) or None, read from the chunks; safe to call from several threads."""
-
-    def __init__(self, folder, chunk_size, suffix):
-        self.folder, self.chunk_size, self.suffix = Path(folder), chunk_size, suffix
-        self.lock, self.chunks = threading.Lock(), {}
-
-    def __getitem__(self, i):
-        number = i // self.chunk_size
-        with self.lock:
-            if number not in self.chunks:
-                path = self.folder / f'{number:06d}.tar'
-                try:
-                    with tarfile.open(path) as tar:
-                        files = {m.name: tar.extractfile(m).read() for m in tar if m.name.endswith(self.suffix)}
-                except (OSError, tarfile.TarError) as error:
-                    raise Fail(f'{path}: cannot be read ({error}); delete it, and the same command makes it again') from None
-                self.chunks = {**dict(list(self.chunks.items())[-1:]), number: files}  # neighbours ask in turn
-            content = self.chunks[number].get(f'{i:08d}.{self.suffix}')
-        return None if content is None else np.asarray(Image.open(io.BytesIO(content)).convert('RGB'))
-
-
-def pack(config, beton, source, levels, settings, log, stop):
-    views = Views(beton.parent / 'views', config['chunk_size'], config['view_format'])
-    for leftover in views.folder.glob('.*.tmp.tar'):  # of killed processes: every chunk is complete now
+def pack(config, beton, source, levels, views, settings, log, stop):
+    for leftover in (beton.parent / 'views').glob('.*.tmp.tar'):  # of killed processes: every chunk is complete now
         leftover.unlink(missing_ok=True)
-
-    def original(i):
-        image, label = source[i]
-        scale = config['image_size'] and config['image_size'] / min(image.size)
-        if scale and scale < 1:
-            image = image.resize([max(1, round(s * scale)) for s in image.size], Image.Resampling.LANCZOS)
-        return np.asarray(image), label
-
     readable = list(range(len(source)))
-    if (levels < 0).any() or config['strategy'] == 'none':  # only then can there be images that do not open
-        readable = [i for i in readable if opens(source, i)]
-    lost = len(source) - len(readable)
+    if (levels < 0).any() or not config['proportions']:  # only then can there be images that do not open
+        readable = [i for i in readable if opened(source, i)]
+    lost, several, failed = len(source) - len(readable), config['views_per_image'], set()
 
     def sample(k):
         if stop:  # write_beton removes what it has begun
             log.write(f'{stop.name}: leaving; the same command packs {beton} again')
             sys.exit(stop.exit_code)
         i = readable[k]
-        image, label = original(i)
-        view = views[i] if levels[i] >= 0 else None
-        return image, view, label, i, int(levels[i])
+        image, label = source[i]
+        made = views[i] if levels[i] >= 0 else []
+        if levels[i] >= 0 and not made:
+            failed.add(i)
+        made = [made[v % len(made)] for v in range(several)] if made else None  # others stand in for one that failed
+        return np.asarray(shrink(image, config['image_size'])), made, label, i, int(levels[i]) if made else -1
 
     write_beton(beton, sample, len(readable), settings, mode=config['beton_mode'], quality=config['beton_quality'],
-                num_workers=config['num_workers'])
+                num_workers=config['num_workers'], views=several)
+    bad(beton).unlink(missing_ok=True)
     log.write(f'{beton}: {len(readable)} samples' + (f'; {lost} source images could not be read and are left out: '
-              f'{sorted(set(range(len(source))) - set(readable))[:10]}' if lost else ''))
+              f'{sorted(set(range(len(source))) - set(readable))[:10]}' if lost else '')
+              + (f'; {len(failed)} views failed or cannot be read: {sorted(failed)[:10]}' if failed else ''))
     if config['strategy'] != 'none':
         picture(beton.with_suffix('.png'), [sample(k) for k in spread(levels[readable], config['grid'])])
         log.write(f"{beton.with_suffix('.png')}: source above, view below")
 
 
-def opens(source, i):
+def opened(source, i):
+    """(PIL image, label) or None."""
     try:
-        return bool(source[i])
+        return source[i]
     except Exception:
-        return False
+        return None
 
 
 def spread(levels, count):
@@ -312,7 +442,8 @@ def picture(path, samples):
         above, below = axes[2 * (k // columns), k % columns], axes[2 * (k // columns) + 1, k % columns]
         above.imshow(image)
         above.set_title(f'level {level}', fontsize=7, pad=2)
-        below.imshow(view)
+        if view is not None:
+            below.imshow(view[0])
     figure.tight_layout(pad=0.3)
     atomic(path, lambda p: figure.savefig(p, dpi=120))
     plt.close(figure)

@@ -34,18 +34,25 @@ class UnCLIP:
     """Stable unCLIP (GenView eq. 5): an image drawn from noise and a noised CLIP embedding, with an empty prompt.
 
     spec: `model` (local folder in diffusers' layout, or a hub id, which is downloaded), `fallbacks` (further ids tried
-    in turn), `steps`, `guidance_scale`, `precision` ('auto', 'fp32', 'bf16', 'fp16').
+    in turn), `steps`, `guidance_scale`, `precision` ('auto', 'fp32', 'bf16', 'fp16'); and, where wanted, `condition`
+    ('pipeline': load its image encoder, for `embed`), `vae_slicing` (decode one image after the other: less memory),
+    `compile` (torch.compile of the UNet; give batches of one size).
     """
 
     def __init__(self, spec, device):
         self.device, self.steps, self.guidance_scale = device, spec['steps'], float(spec['guidance_scale'])
         automatic = spec['precision'] == 'auto' and device.type == 'cuda'  # the published weights are fp16
         self.dtype = precision_dtype('fp16' if automatic else spec['precision'], device)
+        self.own_encoder = spec.get('condition') == 'pipeline'
         self.pipeline, self.name = self._load([spec['model'], *spec['fallbacks']])
         self.pipeline.set_progress_bar_config(disable=True)
         for part in (self.pipeline.unet, self.pipeline.vae):
             part.to(device, memory_format=torch.channels_last if device.type == 'cuda' else torch.contiguous_format)
         self.pipeline.image_normalizer.to(device)
+        if self.own_encoder:
+            self.pipeline.image_encoder.to(device)
+        if spec.get('vae_slicing'):
+            self.pipeline.vae.enable_slicing()
         self.embedding_dim = self.pipeline.image_normalizer.mean.shape[1]
         unet = self.pipeline.unet.config
         if unet.projection_class_embeddings_input_dim != 2 * self.embedding_dim:
@@ -57,6 +64,8 @@ class UnCLIP:
             self.pipeline.text_encoder.to(device)
             self.prompt = self.pipeline.encode_prompt('', device, 1, False)[0]
         self.pipeline.text_encoder = None
+        if spec.get('compile'):
+            self.pipeline.unet.compile(dynamic=False)
 
     def _load(self, names):
         problems = []
@@ -66,13 +75,14 @@ class UnCLIP:
                 raise Fail(f'{folder}: holds no model_index.json; give a folder in the layout of diffusers')
             try:
                 # The condition comes from stage 1 (fg_proportion.py), so that the image encoder is not needed.
-                pipeline = _Pipeline.from_pretrained(name, dtype=self.dtype, image_encoder=None, feature_extractor=None,
-                                                     local_files_only=folder.is_dir())
+                unused = {} if self.own_encoder else dict(image_encoder=None, feature_extractor=None)
+                pipeline = _Pipeline.from_pretrained(name, dtype=self.dtype, local_files_only=folder.is_dir(), **unused)
             except Exception as error:
                 problems.append(f'{name}: {type(error).__name__}: {str(error).strip().splitlines()[0][:150]}')
                 continue
-            absent = [part for part in ('unet', 'vae', 'scheduler', 'text_encoder', 'tokenizer', 'image_normalizer',
-                                        'image_noising_scheduler') if getattr(pipeline, part, None) is None]
+            needed = ['unet', 'vae', 'scheduler', 'text_encoder', 'tokenizer', 'image_normalizer',
+                      'image_noising_scheduler', *(['image_encoder', 'feature_extractor'] if self.own_encoder else [])]
+            absent = [part for part in needed if getattr(pipeline, part, None) is None]
             if absent:
                 raise Fail(f"{name}: lacks {', '.join(absent)}; download the whole folder")
             return pipeline, str(name)
@@ -88,19 +98,44 @@ class UnCLIP:
         return torch.cat([normalizer.unscale(noised), level.to(embeddings.dtype)], 1)
 
     @torch.no_grad()
+    def embed(self, images):
+        """The pipeline's own condition of PIL images: (B, D) float32, projected and not normalised, on the CPU."""
+        pixels = self.pipeline.feature_extractor(images=images, return_tensors='pt').pixel_values
+        return self.pipeline.image_encoder(pixels.to(self.device, self.dtype)).image_embeds.float().cpu().numpy()
+
+    @torch.no_grad()
     def views(self, embeddings, noise_levels, seeds):
-        """One view for each row. embeddings (B, D), noise_levels (B,) in 0..999, seeds B ints -> uint8 (B, H, W, 3)."""
+        """One view for each row. embeddings (B, D), noise_levels (B,) in 0..999, seeds B ints -> uint8 (B, H, W, 3).
+
+        What is not finite in half precision is drawn once more in fp32; a view that stays so is black."""
+        rows = (torch.as_tensor(np.asarray(embeddings, np.float32)),
+                torch.as_tensor(np.asarray(noise_levels, np.int64)), seeds)
+        images = self._draw(*rows)
+        finite = torch.isfinite(images).flatten(1).all(1)
+        if not finite.all() and self.dtype != torch.float32:
+            half = self.dtype
+            self._cast(torch.float32)
+            for k in (~finite).nonzero().flatten().tolist():  # one by one: whichever others failed must not matter
+                images[k] = self._draw(*(row[k:k + 1] for row in rows))[0]
+            self._cast(half)  # half -> fp32 -> half gives the same weights
+            finite = torch.isfinite(images).flatten(1).all(1)
+        images = torch.where(finite[:, None, None, None], images, 0)
+        return (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+    def _cast(self, dtype):
+        for part in (self.pipeline.unet, self.pipeline.vae, self.pipeline.image_normalizer):
+            part.to(dtype)
+        self.prompt, self.dtype = self.prompt.to(dtype), dtype
+
+    def _draw(self, embeddings, noise_levels, seeds):
+        """-> float32 (B, 3, H, W) in 0..1."""
         draws = [torch.Generator().manual_seed(seed) for seed in seeds]  # on the CPU: the same on every device
         noise = torch.stack([torch.randn(self.embedding_dim, generator=g) for g in draws])
         latents = torch.stack([torch.randn(self.latent_shape, generator=g) for g in draws])
         to = dict(device=self.device, dtype=self.dtype)
-        condition = self.condition(torch.as_tensor(np.asarray(embeddings, np.float32)).to(**to),
-                                   torch.as_tensor(np.asarray(noise_levels, np.int64)).to(self.device), noise.to(**to))
-        images = self.pipeline(
+        return self.pipeline(
             prompt_embeds=self.prompt.expand(len(seeds), -1, -1),
-            negative_prompt_embeds=self.prompt.expand(len(seeds), -1, -1), image_embeds=condition,
+            negative_prompt_embeds=self.prompt.expand(len(seeds), -1, -1),
+            image_embeds=self.condition(embeddings.to(**to), noise_levels.to(self.device), noise.to(**to)),
             latents=latents.to(**to) * self.pipeline.scheduler.init_noise_sigma, num_inference_steps=self.steps,
-            guidance_scale=self.guidance_scale, output_type='pt').images
-        if not torch.isfinite(images).all():
-            raise Fail(f'{self.name}: gave NaN in {self.dtype}; set generator.precision to fp32 or bf16')
-        return (images.float() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+            guidance_scale=self.guidance_scale, output_type='pt').images.float()

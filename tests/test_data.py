@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -532,6 +533,58 @@ def test_the_synthetic_view_is_where_the_batch_says_and_small_crops_take_turns(t
     for v, view in enumerate(batch['views']):            # 2, 4, 6 come from the image of view 0, the others of view 1
         want = torch.where(batch['synthetic'] == v % 2, 200, 10)[:, None, None, None]
         assert (view == want).all()
+
+
+def several(i, k=3):
+    """A grey 20 and views of 100, 101, ...: which one is shown can be read from the pixels."""
+    flat_ = lambda value: np.full((9, 8, 3), value, np.uint8)
+    return flat_(20), None if i % 5 == 4 else [flat_(100 + v) for v in range(k)], 0, i, -1 if i % 5 == 4 else 200
+
+
+def shown(loader, *epochs):
+    """{(epoch, index): value of the second view}"""
+    return {(e, i): value for e in epochs for batch in loader.epoch(e)
+            for i, value in zip(batch['index'].tolist(), batch['views'][1][:, 0, 0, 0].tolist())}
+
+
+def test_one_of_several_views_is_drawn_per_epoch(tmp_path):
+    sidecar = write_beton(tmp_path / 'b', several, 200, {}, views=3)
+    assert sidecar['fields'] == [*data.FIELDS, 'view_2', 'view_3'] and open_beton(tmp_path / 'b') == sidecar
+    base = dict(views=[{'size': 4}] * 2, swap='second', num_workers=1)
+    found = shown(PairLoader(tmp_path / 'b', batch_size=50, seed=1, **base), *range(10))
+    assert {value for (_, i), value in found.items() if i % 5 == 4} == {20}
+    drawn = np.array([[found[e, i] - 100 for i in range(200) if i % 5 < 4] for e in range(10)])
+    counts = np.bincount(drawn.ravel(), minlength=3)     # of 1600; four standard deviations are 75
+    assert len(counts) == 3 and np.abs(counts - 1600 / 3).max() < 75
+    assert 0.2 < (drawn[1:] == drawn[:-1]).mean() < 0.47  # anew every epoch: a third stays
+    again = [PairLoader(tmp_path / 'b', batch_size=10, seed=1, rank=r, world=2, **base | {'num_workers': 2})
+             for r in (0, 1)]
+    assert shown(again[0], 3, 7) | shown(again[1], 3, 7) == {k: v for k, v in found.items() if k[0] in (3, 7)}
+    other = shown(PairLoader(tmp_path / 'b', batch_size=50, seed=2, **base), 0)
+    assert other.keys() < found.keys() and other != {k: found[k] for k in other}
+
+
+def test_betons_of_one_and_of_several_views_are_one_set(tmp_path):
+    write_beton(tmp_path / 'a', lambda i: several(i, 2), 20, {}, views=2)
+    write_beton(tmp_path / 'b', lambda i: (*several(i)[:1], np.full((3, 3, 3), 50, np.uint8), 0, i + 100, 0), 20, {})
+    loader = PairLoader([tmp_path / 'a', tmp_path / 'b'], [{'size': 4}] * 2, swap='second', batch_size=40, seed=0,
+                        num_workers=1)
+    found = shown(loader, *range(6))
+    assert {v for (_, i), v in found.items() if i >= 100} == {50}
+    assert {v for (_, i), v in found.items() if i < 100} == {20, 100, 101}
+    with pytest.raises(DataError, match='sample 0: 2 views where 3 are expected'):
+        write_beton(tmp_path / 'c', lambda i: several(i, 2), 20, {}, views=3)
+
+
+def test_a_beton_of_one_view_keeps_its_bytes(tmp_path):
+    """Betons written before there could be several views stay readable: the format is the same, byte for byte."""
+    pixels = lambda i, n: (np.arange(n * (n + 1) * 3) * 7 + i).astype(np.uint8).reshape(n, n + 1, 3)
+    for name, wrap in (('a', lambda view: view), ('b', lambda view: view if view is None else [view])):
+        write_beton(tmp_path / name, lambda i: (
+            pixels(i, 9), wrap(None if i % 3 == 1 else pixels(i + 40, 5)), i % 2, 3 * i,
+            -1 if i % 3 == 1 else 100 * (i % 5)), 7, {}, mode='raw')
+        assert sha256((tmp_path / name).read_bytes()).hexdigest() == \
+            '7b37b6d226f7fa830cc79c4b6f9c03f447e5cc8a90238c56c6c97aea170c557d'
 
 
 def test_every_small_crop_is_another_one(raw):
