@@ -133,8 +133,10 @@ def run(stage, defaults, nullable=()):
     try:
         stage(load_config(defaults, sys.argv[1:], nullable))
     except (Fail, OSError, *(c for c in [getattr(sys.modules.get('data'), 'DataError', None)] if c)) as error:
-        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):  # a full disk, met by the log
-            raise
+        if isinstance(error, OSError):
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            error = f'{error.strerror}: make room, and the same command goes on'  # met by the log; the rest is atomic()
         print(f'{Path(sys.argv[0]).name}: {error}', file=sys.stderr, flush=True)
         os._exit(2) if dist.is_initialized() else sys.exit(2)  # the other ranks may wait in a collective
     except KeyboardInterrupt:
