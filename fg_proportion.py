@@ -31,7 +31,6 @@ import os
 import shutil
 import sys
 import time
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -64,7 +63,7 @@ proportions: true           # false: stop at the component (for the encoder of t
 batch_size: 256             # images per process
 chunk: 1024                 # images between two saves
 num_workers: 2              # processes that decode, per process
-shard: ''                   # i/n: take every n-th chunk from the i-th on (0/4 ... 3/4); empty: the Slurm array's, if any
+shard: ''                   # i/n: take every n-th chunk from the i-th on (0/4 ... 3/4); empty: as a Slurm array says
 precision: auto             # auto | fp32 | bf16 | fp16; auto: fp16 on a GPU (as the official code), fp32 on a CPU
 device: auto                # auto | cpu | cuda
 seed: 0                     # which images are the random ones
@@ -179,66 +178,61 @@ class Sweep:
             tokens, embedding = self.clip.forward(images)
         return tokens.float(), embedding.float()
 
-    def save(self, file, result):
-        arrays = {key: value.cpu().numpy() for key, value in result.items()}
-        if not arrays.pop('finite'):
+    def save(self, file, result, finite):
+        if not finite:
             raise Fail(f'precision: {str(self.dtype)[6:]} overflows in this encoder; '
                        'set precision=bf16 or fp32 (or the weights are damaged)')
+        arrays = {key: value.cpu().numpy() for key, value in result.items()}
         atomic(file, lambda path: np.savez(path, **arrays), once=True)
 
     def __call__(self, name, indices, per_batch, join, share=True):
         """per_batch(tokens, embedding, readable) -> dict of tensors; join: two such tensors of a chunk -> one.
-        share: make the chunks of this process alone; otherwise then also those of the others that are not there yet."""
-        size, batch_size = self.config['chunk'], self.config['batch_size']
-        chunks = [indices[start:start + size] for start in range(0, len(indices), size)]
+        share: make the chunks of this process alone; otherwise then also those that other tasks have not made yet."""
+        chunks = [indices[start:start + self.config['chunk']] for start in range(0, len(indices), self.config['chunk'])]
         files = [self.folder / f'{name}-{number:06d}.npz' for number in range(len(chunks))]
-        mine = list(range(self.first, len(chunks), self.step))
-        if not share:  # in an order of its own, so that tasks do not make the same ones
-            others = sorted({*range(len(chunks))} - {*mine})
-            mine += np.random.default_rng(self.first).permutation(others).astype(int).tolist()
-        todo = [number for number in mine if not files[number].is_file()]
-        total, ahead = (sum(len(chunks[number]) for number in numbers) for numbers in (mine, todo))
-        decoding = deque()  # (file, images, last of its chunk) of the batches that the loader is at
+        self.make(name, list(zip(files, chunks))[self.first::self.step], per_batch, join)
+        stopped = self.processes.any(self.stop)  # also the barrier after which torchrun's processes have made theirs
+        if not share and not stopped:
+            for number in np.random.default_rng(self.first).permutation(len(chunks)):  # so that tasks rarely meet
+                if not files[number].is_file() and not self.stop:
+                    self.make(name, [(files[number], chunks[number])], per_batch, join)
+            stopped = self.processes.any(self.stop)
+        if stopped:
+            self.log.write(f'{self.stop.name or "stop signal"}: finished chunks are saved; the same command resumes')
+            sys.exit(self.stop.exit_code)
+        return files
 
-        def batches():
-            nonlocal total
-            for number in todo:
-                if files[number].is_file():  # another task has made it since
-                    total -= len(chunks[number])
-                    continue
-                for start in range(0, len(chunks[number]), batch_size):
-                    batch = chunks[number][start:start + batch_size].tolist()
-                    decoding.append((files[number], len(batch), start + batch_size >= len(chunks[number])))
-                    yield batch
-
-        loader = iter(DataLoader(self.images, batch_sampler=batches(), pin_memory=self.processes.device.type == 'cuda',
-                                 num_workers=self.config['num_workers'] if todo else 0))
-        before = done = total - ahead
+    def make(self, name, chunks, per_batch, join):
+        """Make those of chunks, (file, indices), that are not there."""
+        size = self.config['batch_size']
+        batches = [(file, chunk[start:start + size], start + size >= len(chunk)) for file, chunk in chunks
+                   if not file.is_file() for start in range(0, len(chunk), size)]
+        loader = iter(DataLoader(self.images, batch_sampler=[batch.tolist() for _, batch, _ in batches],
+                                 num_workers=min(self.config['num_workers'], len(batches)),
+                                 pin_memory=self.processes.device.type == 'cuda'))
+        total = sum(len(chunk) for _, chunk in chunks)
+        before = done = total - sum(len(batch) for _, batch, _ in batches)
         bar = tqdm(total=total, initial=done, desc=name, unit='image', disable=None if self.processes.main else True)
-        if before and ahead:
+        if before and batches:
             self.log.write(f'{name}: {before:,} of {total:,} images were done before')
         begin = spoke = time.perf_counter()
-        waited, result, saved = 0.0, None, None
+        waited, result, finite, saved = 0.0, None, True, None
         try:
-            with ThreadPoolExecutor(1) as saver:  # what waits for the GPU and the disk, while the next batch is launched
-                while not self.stop:
+            with ThreadPoolExecutor(1) as saver:  # waits for GPU and disk while the next batches are launched
+                for file, batch, last in batches:
                     asked = time.perf_counter()
-                    images, readable = next(loader, (None, None))
+                    images, readable = next(loader)
                     waited += time.perf_counter() - asked
-                    if images is None:
-                        break
-                    file, count, last = decoding.popleft()
                     tokens, embedding = self.encode(images)
+                    finite = torch.isfinite(tokens).all() & finite
                     new = per_batch(tokens, embedding, readable.to(self.processes.device))
-                    new['finite'] = torch.isfinite(tokens).all()
-                    result = new if result is None else {
-                        key: (torch.logical_and if key == 'finite' else join)(result[key], new[key]) for key in new}
+                    result = new if result is None else {key: join(result[key], new[key]) for key in new}
                     if last:
                         if saved:
                             saved.result()
-                        saved, result = saver.submit(self.save, file, result), None
-                    done += count
-                    bar.update(count)
+                        saved, result = saver.submit(self.save, file, result, finite), None
+                    done += len(batch)
+                    bar.update(len(batch))
                     now = time.perf_counter()
                     if now - spoke > 10 or done == total:
                         rate, spoke = (done - before) / (now - begin), now
@@ -247,16 +241,14 @@ class Sweep:
                         text += f', {rate:,.0f} images/s, {(total - done) / rate:.0f} s to go'
                         self.log.write(text if bar.disable else None, stage=name, step=done,
                                        images_per_second=round(rate, 1), data_wait=round(waited / (now - begin), 4))
+                    if self.stop:
+                        break
                 if saved:
                     saved.result()
         except RuntimeError as error:  # a signal to the whole process group takes the workers along
             if not (self.stop and 'DataLoader worker' in str(error)):
                 raise
         bar.close()
-        if self.processes.any(self.stop):  # also the barrier after which every file is there
-            self.log.write(f'{self.stop.name or "stop signal"}: finished chunks are saved; the same command resumes')
-            sys.exit(self.stop.exit_code)
-        return files
 
 
 def load_parts(files):
@@ -390,7 +382,8 @@ def measure(config, folder):
     log = Log(folder, config, processes.main)
     parts.mkdir(parents=True, exist_ok=True)
     if processes.main:
-        atomic(parts / 'run.npz', lambda path: np.savez(path, encoder=clip.fingerprint(), images=len(source)), once=True)
+        about = {'encoder': clip.fingerprint(), 'images': len(source)}
+        atomic(parts / 'run.npz', lambda path: np.savez(path, **about), once=True)
     log.write(f"{len(source):,} images; {config['clip']['model']}: {clip.image_size} px, tokens {clip.token_dim}, "
               f'embedding {clip.embedding_dim}; {processes.world} x {processes.device.type}; run folder {folder}')
     if pca_count < config['pca_images']:

@@ -6,8 +6,8 @@ proportions, saving), against the bare encoder on the same batches, ready in mem
         pretrained=laion2b_s32b_b79k workers=12 images=20000                a GPU and the published encoder
 
 On a CPU the decoding processes take their time from the cores that the encoder computes on, so the ratio cannot be 1
-there; `decoding` says how many images a second one core decodes. The last line is one JSON object: `ratio` is the median
-over the rounds of stage / bare, `data_wait` the share of the stage's time in which the encoder waited for images.
+there; `decoding` says how many images a second one core decodes. The last line is one JSON object: `ratio` is the
+median over the rounds of stage / bare, `data_wait` the share of the stage's time in which the encoder waited for images.
 """
 import json
 import os

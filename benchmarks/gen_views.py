@@ -7,8 +7,8 @@ prompt once and encodes files in threads. Same weights, images, steps and precis
     python benchmarks/gen_views.py device=cuda    the architecture of Stable unCLIP 2.1, random weights, 768 px, fp16
 
 Speed does not depend on the weights' values. The last line is one JSON object: `ratio` is the median over the rounds of
-ours / theirs, `range` its lowest and highest; on a GPU also the share of the peak of its dense bf16 products (operations
-counted by torch.utils.flop_counter), peak memory in GB, and what the views of ImageNet's training set cost.
+ours / theirs, `range` its lowest and highest; on a GPU also the share of the peak of its dense bf16 products
+(operations counted by torch.utils.flop_counter), peak memory in GB, and what the views of ImageNet's training set cost.
 """
 import json
 import os
@@ -90,8 +90,8 @@ def save_stable_unclip(folder, pixels, device, dtype):
         parts = {name: part.to(dtype) for name, part in stable_unclip(pixels).items()}
     tokenizer = CLIPTokenizer.from_pretrained(ROOT / 'tiny/unclip/tokenizer', model_max_length=77)  # '' is 77 tokens
     StableUnCLIPImg2ImgPipeline(
-        **parts, image_normalizer=StableUnCLIPImageNormalizer(VISION['projection_dim']), scheduler=scheduler, image_noising_scheduler=noising,
-        tokenizer=tokenizer, feature_extractor=CLIPImageProcessor()).save_pretrained(folder)
+        **parts, image_normalizer=StableUnCLIPImageNormalizer(VISION['projection_dim']), scheduler=scheduler,
+        image_noising_scheduler=noising, tokenizer=tokenizer, feature_extractor=CLIPImageProcessor()).save_pretrained(folder)
 
 
 class TinyEncoder(ModelMixin):  # for its `device` and `dtype`
@@ -198,7 +198,8 @@ def main():
     ratios = [a / b for a, b in rounds]
     result = {**options, 'model': 'full' if full else 'tiny', 'batch_size': batch_size, 'dtype': str(ours.dtype)[6:],
               'ours': round(statistics.median(a for a, _ in rounds), 3),
-              'theirs': round(statistics.median(b for _, b in rounds), 3), 'range': [round(f(ratios), 3) for f in (min, max)]}
+              'theirs': round(statistics.median(b for _, b in rounds), 3),
+              'range': [round(f(ratios), 3) for f in (min, max)]}
     if gpu and full:
         result.update(gpu=name, memory=memory, imagenet_gpu_hours={
             who: round(IMAGENET / result[who] / 3600) for who in ('ours', 'theirs')})

@@ -20,7 +20,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = {'fg_proportion': ('fg_proportion.npz', 'embeddings.npy'), 'gen_views': ('views/*.tar', 'pairs.beton')}
-options = dict(images=10_000, tasks=4, parallel=1, seconds=40.0, seed=0, root='data/cifar10', output='runs/killed_array')
+options = dict(images=10_000, tasks=4, parallel=1, seconds=40.0, seed=0, root='data/cifar10',
+               output='runs/killed_array')
 for argument in sys.argv[1:]:
     key, _, value = argument.partition('=')
     if key not in options:
