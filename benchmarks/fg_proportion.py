@@ -7,7 +7,7 @@ proportions, saving), against the bare encoder on the same batches, ready in mem
 
 On a CPU the decoding processes take their time from the cores that the encoder computes on, so the ratio cannot be 1
 there; `decoding` says how many images a second one core decodes. The last line is one JSON object: `ratio` is the
-median over the rounds of stage / bare, `data_wait` the share of the stage's time in which the encoder waited for images.
+median over the rounds of stage / bare, `data_wait` the share of the stage's time that the encoder waited for images.
 """
 import json
 import os

@@ -89,9 +89,10 @@ def save_stable_unclip(folder, pixels, device, dtype):
     with torch.device(device):
         parts = {name: part.to(dtype) for name, part in stable_unclip(pixels).items()}
     tokenizer = CLIPTokenizer.from_pretrained(ROOT / 'tiny/unclip/tokenizer', model_max_length=77)  # '' is 77 tokens
-    StableUnCLIPImg2ImgPipeline(
+    pipeline = StableUnCLIPImg2ImgPipeline(
         **parts, image_normalizer=StableUnCLIPImageNormalizer(VISION['projection_dim']), scheduler=scheduler,
-        image_noising_scheduler=noising, tokenizer=tokenizer, feature_extractor=CLIPImageProcessor()).save_pretrained(folder)
+        image_noising_scheduler=noising, tokenizer=tokenizer, feature_extractor=CLIPImageProcessor())
+    pipeline.save_pretrained(folder)
 
 
 class TinyEncoder(ModelMixin):  # for its `device` and `dtype`
