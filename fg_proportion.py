@@ -354,6 +354,8 @@ def main(config):
     elif os.environ.get('RANK', '0') == '0':
         print(f'{folder}: this run is finished; delete the folder to start again')
     if finished.is_file() and os.environ.get('RANK', '0') == '0':
+        for leftover in folder.glob('.*.tmp*'):  # of killed processes
+            leftover.unlink(missing_ok=True)
         shutil.rmtree(folder / 'parts', ignore_errors=True)
 
 

@@ -11,7 +11,6 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -38,7 +37,7 @@ def start(stage, folder, **slurm):
                f"dataset.subset={options['images']}", f"dataset.root={options['root']}"]
     environment = {key: value for key, value in os.environ.items() if not key.startswith('SLURM_')} | slurm
     with open(folder / f'{stage}.log', 'a') as log:
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
 
 
 def undisturbed(stage, folder):
@@ -56,7 +55,7 @@ def disturbed(stage, folder, task):
         try:
             return None if job.wait(moments.uniform(0, options['seconds'] * 1.1 ** kills)) else kills
         except subprocess.TimeoutExpired:
-            os.killpg(job.pid, signal.SIGKILL)  # its decoding processes too, as when a node goes down
+            job.kill()
             job.wait()
             kills += 1
 
