@@ -10,10 +10,10 @@ images, OUTPUT/views/000012.tar with {index:08d}.png (or .jpg) and .json, WebDat
 is complete and is never made again: the same command goes on where a killed one stopped, and processes share the work
 by taking every n-th chunk. The process that finds all chunks there writes OUTPUT/pairs.beton and pairs.png.
 
-verify=true reads everything back (each process its share of the chunks; duplicates are looked for within it), counts
-what is wrong and exits with 1. A chunk with something wrong becomes 000012.tar.bad (empty where the chunk was missing):
-it has been reported, and the same command, with verify=true or without, makes it again. The same holds for a beton that
-is damaged or was packed from such chunks.
+verify=true reads everything back (of several processes each its share, and duplicates within it), counts what is wrong
+and exits with 1. A chunk with something wrong becomes 000012.tar.bad (empty where the chunk was missing): it has been
+reported, and the same command, with verify=true or without, makes it again. So it is with a beton that is damaged or
+was packed from such chunks.
 
 The view of image i depends on (seed, i) and the settings alone, not on batches, processes or order. (In half precision
 a GPU rounds differently for other batch sizes: the same picture, not the same bytes.)
@@ -26,7 +26,7 @@ import time
 import zlib
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 
 import numpy as np
@@ -127,7 +127,7 @@ def main(config):
         if todo and config['pack'] is not True:
             generate(config, todo, source, levels, embeddings, record, settings, processes, log, stop)
     if config['verify']:
-        verify(config, mine, record, beton, log, stop)
+        verify(config, mine, record, beton, first == 0, log, stop)
     missing = [path.name for path, _ in chunks if not path.exists()]
     if missing and config['pack'] is True:
         raise Fail(f"{output / 'views'}: {len(missing)} of {len(chunks)} chunks are missing ({', '.join(missing[:5])}"
@@ -156,15 +156,16 @@ def main(config):
 
 
 def check(config):
+    value = lambda key: reduce(dict.__getitem__, key.split('.'), config)
     elsewhere, needs = config['source'] == 'folder', ['output', 'dataset.name']
     needs += ['views_root'] if elsewhere else ['proportions', 'generator.model'] * (config['strategy'] != 'none')
     for key, allowed in (('strategy', ('adaptive', 'constant', 'random', 'none')), ('view_format', ('jpg', 'png')),
                          ('beton_mode', ('jpg', 'raw')), ('source', ('generator', 'folder')),
                          ('pack', (None, True, False)), ('generator.condition', ('stored', 'pipeline'))):
-        if value_of(config, key) not in allowed:
-            raise Fail(f"'{key}' must be one of {', '.join(map(str, allowed))}, not {value_of(config, key)!r}")
+        if value(key) not in allowed:
+            raise Fail(f"'{key}' must be one of {', '.join(map(str, allowed))}, not {value(key)!r}")
     for key in needs:
-        if not value_of(config, key):
+        if not value(key):
             raise Fail(f"'{key}' is not set; write it into the YAML")
     if elsewhere and (config['strategy'] == 'none' or config['views_per_image'] > 1):
         raise Fail("'source': folder packs one view an image; set views_per_image to 1, strategy to another than none")
@@ -173,12 +174,6 @@ def check(config):
     for key in ('batch_size', 'chunk_size', 'view_size', 'num_workers', 'views_per_image'):
         if config[key] < 1:
             raise Fail(f"'{key}' must be at least 1, not {config[key]}")
-
-
-def value_of(config, key):
-    for part in key.split('.'):
-        config = config[part]
-    return config
 
 
 def noise_levels(config, count):
@@ -287,10 +282,12 @@ def generate(config, chunks, source, levels, embeddings, record, settings, proce
                     condition = embeddings[batch] if embeddings is not None else generator.embed(
                         [picture[0] if picture else Image.new('RGB', (64, 64)) for picture in pictures])
                     images = generator.views(condition, levels[batch], [view_seed(config['seed'], *p) for p in full])
-                except torch.OutOfMemoryError:
+                except torch.cuda.OutOfMemoryError:
+                    images = None  # what the error holds on to is free only below
+                if images is None:
                     if size == 1:
                         raise Fail(f'{processes.device}: too little memory for one image; set generator.vae_slicing to '
-                                   'true, or generator.precision to fp16') from None
+                                   'true, or generator.precision to fp16')
                     size //= 2
                     torch.cuda.empty_cache()
                     print(f'{processes.device}: out of memory; batches of {size} from here on', flush=True)
@@ -337,7 +334,7 @@ def encode(image, config):
 # ---------------------------------------------------------------------------------------------------
 # Verification
 
-def verify(config, chunks, record, beton, log, stop):
+def verify(config, chunks, record, beton, beton_too, log, stop):
     """Read chunks and beton back. What is wrong is counted, what holds it set aside, and the process exits with 1."""
     def inspect(chunk):
         path, indices = chunk
@@ -358,7 +355,7 @@ def verify(config, chunks, record, beton, log, stop):
             spoilt |= {path} if wrong else set()
     if stop:
         return
-    if beton.exists():
+    if beton.exists() and beton_too:
         Path(f'{beton}.verified').unlink(missing_ok=True)  # every byte, whatever was checked before
         try:
             open_beton(beton)
@@ -367,7 +364,7 @@ def verify(config, chunks, record, beton, log, stop):
     kinds = Counter(kind for kind, _ in defects)
     examples = [f'; {kind}: {n} ({", ".join([what for k, what in defects if k == kind][:3])}{", ..." * (n > 3)})'
                 for kind, n in kinds.items()]
-    print(f'verify: {len(seen)} views in {len(chunks)} chunks' + f' and {beton.name}' * beton.exists()
+    print(f'verify: {len(seen)} views in {len(chunks)} chunks' + f' and {beton.name}' * (beton.exists() and beton_too)
           + (''.join(examples) or '; all is well'), flush=True)
     log.write(verified=len(chunks), defects=kinds)
     if not defects:

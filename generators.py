@@ -5,6 +5,7 @@
 
 `seeds` decide everything random: the view of an image does not depend on what else is in its batch.
 """
+import json
 from pathlib import Path
 
 import numpy as np
@@ -69,22 +70,25 @@ class UnCLIP:
 
     def _load(self, names):
         problems = []
+        needed = ['unet', 'vae', 'scheduler', 'text_encoder', 'tokenizer', 'image_normalizer',
+                  'image_noising_scheduler', *(['image_encoder', 'feature_extractor'] if self.own_encoder else [])]
         for name in names:
             folder = Path(name)
             if folder.is_dir() and not (folder / 'model_index.json').is_file():
                 raise Fail(f'{folder}: holds no model_index.json; give a folder in the layout of diffusers')
             try:
+                if folder.is_dir():  # diffusers would not say which one
+                    index = json.loads((folder / 'model_index.json').read_text())
+                    absent = [part for part in needed
+                              if not (index.get(part) or [None])[-1] or not (folder / part).is_dir()]
+                    if absent:
+                        raise ValueError(f"lacks {', '.join(absent)}; download the whole folder")
                 # The condition comes from stage 1 (fg_proportion.py), so that the image encoder is not needed.
                 unused = {} if self.own_encoder else dict(image_encoder=None, feature_extractor=None)
                 pipeline = _Pipeline.from_pretrained(name, dtype=self.dtype, local_files_only=folder.is_dir(), **unused)
             except Exception as error:
                 problems.append(f'{name}: {type(error).__name__}: {str(error).strip().splitlines()[0][:150]}')
                 continue
-            needed = ['unet', 'vae', 'scheduler', 'text_encoder', 'tokenizer', 'image_normalizer',
-                      'image_noising_scheduler', *(['image_encoder', 'feature_extractor'] if self.own_encoder else [])]
-            absent = [part for part in needed if getattr(pipeline, part, None) is None]
-            if absent:
-                raise Fail(f"{name}: lacks {', '.join(absent)}; download the whole folder")
             return pipeline, str(name)
         raise Fail('generator.model cannot be loaded: ' + '; '.join(problems))
 
@@ -115,9 +119,11 @@ class UnCLIP:
         if not finite.all() and self.dtype != torch.float32:
             half = self.dtype
             self._cast(torch.float32)
-            for k in (~finite).nonzero().flatten().tolist():  # one by one: whichever others failed must not matter
-                images[k] = self._draw(*(row[k:k + 1] for row in rows))[0]
-            self._cast(half)  # half -> fp32 -> half gives the same weights
+            try:
+                for k in (~finite).nonzero().flatten().tolist():  # one by one: what else failed must not matter
+                    images[k] = self._draw(*(row[k:k + 1] for row in rows))[0]
+            finally:
+                self._cast(half)  # half -> fp32 -> half gives the same weights
             finite = torch.isfinite(images).flatten(1).all(1)
         images = torch.where(finite[:, None, None, None], images, 0)
         return (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
