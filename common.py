@@ -1,5 +1,6 @@
 """What every stage needs and nothing else: YAML config, process group, atomic files, log, stop signal."""
 import difflib
+import errno
 import json
 import os
 import random
@@ -131,7 +132,11 @@ def run(stage, defaults, nullable=()):
     """Entry point of a script: config, then stage(config); what the user can mend is one line and exit code 2."""
     try:
         stage(load_config(defaults, sys.argv[1:], nullable))
-    except (Fail, *(c for c in [getattr(sys.modules.get('data'), 'DataError', None)] if c)) as error:
+    except (Fail, OSError, *(c for c in [getattr(sys.modules.get('data'), 'DataError', None)] if c)) as error:
+        if isinstance(error, OSError):
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            error = f'{error.strerror}: make room, and the same command goes on'  # met by the log; the rest is atomic()
         print(f'{Path(sys.argv[0]).name}: {error}', file=sys.stderr, flush=True)
         os._exit(2) if dist.is_initialized() else sys.exit(2)  # the other ranks may wait in a collective
     except KeyboardInterrupt:
@@ -246,8 +251,9 @@ class StopSignal:
 # ---------------------------------------------------------------------------------------------------
 # Files
 
-def atomic(path, write):
-    """write(temporary_path), then rename: a reader sees the old file or the new one, never half of one."""
+def atomic(path, write, once=False):
+    """write(temporary_path), then rename: a reader sees the old file or the new one, never half of one. once: a file
+    that is there stays as it is, so that of two processes that make the same one the first counts for both."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f'.{path.name}.{os.uname().nodename}.{os.getpid()}.tmp{path.suffix}')
@@ -255,7 +261,11 @@ def atomic(path, write):
         write(temporary)
         with open(temporary, 'rb') as file:
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        if once:
+            with suppress(OSError):  # it is there, or the file system has no links
+                os.link(temporary, path)
+        if not once or not path.exists():
+            os.replace(temporary, path)
     except OSError as error:
         raise Fail(f'{path}: cannot be written: {error.strerror or error}') from None
     finally:

@@ -2,8 +2,12 @@
 
     python fg_proportion.py yamls/fg_proportion/cifar10.yaml
     torchrun --nproc-per-node 8 fg_proportion.py yamls/fg_proportion/in1k.yaml
+    sbatch --array=0-63 slurm/fg_proportion.sbatch yamls/fg_proportion/in1k.yaml       # or shard=i/n by hand
 
-The same command again resumes; a finished run says so. `key.sub=value` after the file overrides the YAML.
+The same command again resumes; a finished run says so. `key.sub=value` after the file overrides the YAML. The tasks of
+an array know of each other through the files in OUTPUT/parts alone, of which the first complete one counts. Each takes
+every n-th chunk of pass 2, and any of them can do pass 1: they share it as far as they run at the same time. The task
+that finds all chunks there writes the result.
 
 Pass 1 takes `pca_images` random images and sums the covariance of their CLIP tokens in float64; its first eigenvector
 is the foreground direction (GenView section 3.3). A second look at the same images projects every token on it (not
@@ -27,15 +31,17 @@ import os
 import shutil
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 import yaml
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import Compose, PILToTensor
 from tqdm import tqdm
 
-from common import Fail, Log, Processes, StopSignal, atomic, changed_keys, precision_dtype, run
+from common import Fail, Log, Processes, StopSignal, atomic, changed_keys, precision_dtype, run, shard
 
 DEFAULTS = """
 output: runs/fg_proportion  # run folder
@@ -57,11 +63,12 @@ proportions: true           # false: stop at the component (for the encoder of t
 batch_size: 256             # images per process
 chunk: 1024                 # images between two saves
 num_workers: 2              # processes that decode, per process
+shard: ''                   # i/n: take every n-th chunk from the i-th on (0/4 ... 3/4); empty: as a Slurm array says
 precision: auto             # auto | fp32 | bf16 | fp16; auto: fp16 on a GPU (as the official code), fp32 on a CPU
 device: auto                # auto | cpu | cuda
 seed: 0                     # which images are the random ones
 """
-FREE = ('output', 'batch_size', 'num_workers', 'device')  # may differ when a run is resumed
+FREE = ('output', 'batch_size', 'num_workers', 'shard', 'device')  # may differ when a run is resumed
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -136,19 +143,22 @@ def choose_sign(projection, share, forced=None):
 
 # ---------------------------------------------------------------------------------------------------
 # The encoder over lists of images. A chunk of images is the unit of work: its result is one file, written whole, and
-# never made again. Process r takes every world-th chunk; no result depends on how many there are.
+# never made again. No result depends on who makes which chunk.
 
 class Images(Dataset):
-    """(image (3, S, S), readable): an image that cannot be read is zeros and False."""
+    """(image uint8 (3, S, S), readable): an image that cannot be read is zeros and False."""
 
     def __init__(self, source, clip):
-        self.source, self.preprocess, self.size = source, clip.preprocess, clip.image_size
+        # all of open_clip's preparation but its last two steps, ToTensor and Normalize: bytes are a quarter of the work
+        # for the decoding processes and of the memory that they share with this one
+        self.source, self.size = source, clip.image_size
+        self.prepare = Compose([*clip.preprocess.transforms[:-2], PILToTensor()])
 
     def __getitem__(self, index):
         try:
-            return self.preprocess(self.source[index][0]), True
+            return self.prepare(self.source[index][0]), True
         except Exception:  # PIL raises nearly everything on a damaged file
-            return torch.zeros(3, self.size, self.size), False
+            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), False
 
 
 class Sweep:
@@ -157,66 +167,88 @@ class Sweep:
     def __init__(self, config, folder, source, clip, dtype, processes, log):
         self.config, self.folder, self.clip, self.processes, self.log = config, folder, clip, processes, log
         self.images, self.dtype, self.stop = Images(source, clip), dtype, StopSignal()
+        self.first, self.step = shard(config['shard'], processes)
+        self.mean, self.std = (torch.tensor(v, device=processes.device).view(1, 3, 1, 1) for v in (clip.mean, clip.std))
 
     def encode(self, images):
-        """images (B, 3, S, S) -> tokens (B, K, H, W) and embeddings (B, D), float32."""
+        """images uint8 (B, 3, S, S) -> tokens (B, K, H, W) and embeddings (B, D), float32."""
         images = images.to(self.processes.device, non_blocking=True)
+        images = (images.float() / 255 - self.mean) / self.std
         with torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32):
             tokens, embedding = self.clip.forward(images)
-        if not torch.isfinite(tokens).all():
-            raise Fail(f'precision: {str(self.dtype)[6:]} overflows in this encoder; '
-                       'set precision=bf16 or fp32 (or the weights are damaged)')
         return tokens.float(), embedding.float()
 
-    def __call__(self, name, indices, per_batch, join):
-        """per_batch(tokens, embedding, readable) -> dict of arrays; join: two such arrays of a chunk -> one."""
-        size, batch_size = self.config['chunk'], self.config['batch_size']
-        chunks = [indices[start:start + size] for start in range(0, len(indices), size)]
+    def save(self, file, result, finite):
+        if not finite:
+            raise Fail(f'precision: {str(self.dtype)[6:]} overflows in this encoder; '
+                       'set precision=bf16 or fp32 (or the weights are damaged)')
+        arrays = {key: value.cpu().numpy() for key, value in result.items()}
+        atomic(file, lambda path: np.savez(path, **arrays), once=True)
+
+    def __call__(self, name, indices, per_batch, join, share=True):
+        """per_batch(tokens, embedding, readable) -> dict of tensors; join: two such tensors of a chunk -> one.
+        share: make the chunks of this process alone; otherwise then also those that other tasks have not made yet."""
+        chunks = [indices[start:start + self.config['chunk']] for start in range(0, len(indices), self.config['chunk'])]
         files = [self.folder / f'{name}-{number:06d}.npz' for number in range(len(chunks))]
-        mine = range(self.processes.rank, len(chunks), self.processes.world)
-        todo = [number for number in mine if not files[number].is_file()]
-        batches = [(number, chunks[number][start:start + batch_size], start + batch_size >= len(chunks[number]))
-                   for number in todo for start in range(0, len(chunks[number]), batch_size)]
+        self.make(name, list(zip(files, chunks))[self.first::self.step], per_batch, join)
+        stopped = self.processes.any(self.stop)  # also the barrier after which torchrun's processes have made theirs
+        if not share and not stopped:
+            for number in np.random.default_rng(self.first).permutation(len(chunks)):  # so that tasks rarely meet
+                if not files[number].is_file() and not self.stop:
+                    self.make(name, [(files[number], chunks[number])], per_batch, join)
+            stopped = self.processes.any(self.stop)
+        if stopped:
+            self.log.write(f'{self.stop.name or "stop signal"}: finished chunks are saved; the same command resumes')
+            sys.exit(self.stop.exit_code)
+        return files
+
+    def make(self, name, chunks, per_batch, join):
+        """Make those of chunks, (file, indices), that are not there."""
+        size = self.config['batch_size']
+        batches = [(file, chunk[start:start + size], start + size >= len(chunk)) for file, chunk in chunks
+                   if not file.is_file() for start in range(0, len(chunk), size)]
         loader = iter(DataLoader(self.images, batch_sampler=[batch.tolist() for _, batch, _ in batches],
                                  num_workers=min(self.config['num_workers'], len(batches)),
                                  pin_memory=self.processes.device.type == 'cuda'))
-        total, ahead = (sum(len(chunks[number]) for number in numbers) for numbers in (mine, todo))
-        before = done = total - ahead
+        total = sum(len(chunk) for _, chunk in chunks)
+        before = done = total - sum(len(batch) for _, batch, _ in batches)
         bar = tqdm(total=total, initial=done, desc=name, unit='image', disable=None if self.processes.main else True)
-        if before and ahead:
+        if before and batches:
             self.log.write(f'{name}: {before:,} of {total:,} images were done before')
         begin = spoke = time.perf_counter()
-        waited, result = 0.0, None
+        waited, result, finite, saved = 0.0, None, True, None
         try:
-            for number, batch, last in batches:
-                asked = time.perf_counter()
-                images, readable = next(loader)
-                waited += time.perf_counter() - asked
-                new = per_batch(*self.encode(images), readable.to(self.processes.device))
-                result = new if result is None else {key: join(result[key], new[key]) for key in new}
-                if last:
-                    atomic(files[number], lambda path: np.savez(path, **result))
-                    result = None
-                done += len(batch)
-                bar.update(len(batch))
-                now = time.perf_counter()
-                if now - spoke > 10 or done == total:
-                    rate, spoke = (done - before) / (now - begin), now
-                    text = f'{name}: {done:,} of {total:,} images' + (
-                        f' (process 0 of {self.processes.world})' if self.processes.world > 1 else '')
-                    text += f', {rate:,.0f} images/s, {(total - done) / rate:.0f} s to go'
-                    self.log.write(text if bar.disable else None, stage=name, step=done,
-                                   images_per_second=round(rate, 1), data_wait=round(waited / (now - begin), 4))
-                if self.stop:
-                    break
+            with ThreadPoolExecutor(1) as saver:  # waits for GPU and disk while the next batches are launched
+                for file, batch, last in batches:
+                    asked = time.perf_counter()
+                    images, readable = next(loader)
+                    waited += time.perf_counter() - asked
+                    tokens, embedding = self.encode(images)
+                    finite = torch.isfinite(tokens).all() & finite
+                    new = per_batch(tokens, embedding, readable.to(self.processes.device))
+                    result = new if result is None else {key: join(result[key], new[key]) for key in new}
+                    if last:
+                        if saved:
+                            saved.result()
+                        saved, result = saver.submit(self.save, file, result, finite), None
+                    done += len(batch)
+                    bar.update(len(batch))
+                    now = time.perf_counter()
+                    if now - spoke > 10 or done == total:
+                        rate, spoke = (done - before) / (now - begin), now
+                        text = f'{name}: {done:,} of {total:,} images' + (
+                            f' (process 0 of {self.processes.world})' if self.processes.world > 1 else '')
+                        text += f', {rate:,.0f} images/s, {(total - done) / rate:.0f} s to go'
+                        self.log.write(text if bar.disable else None, stage=name, step=done,
+                                       images_per_second=round(rate, 1), data_wait=round(waited / (now - begin), 4))
+                    if self.stop:
+                        break
+                if saved:
+                    saved.result()
         except RuntimeError as error:  # a signal to the whole process group takes the workers along
             if not (self.stop and 'DataLoader worker' in str(error)):
                 raise
         bar.close()
-        if self.processes.any(self.stop):  # also the barrier after which every file is there
-            self.log.write(f'{self.stop.name or "stop signal"}: finished chunks are saved; the same command resumes')
-            sys.exit(self.stop.exit_code)
-        return files
 
 
 def load_parts(files):
@@ -285,8 +317,7 @@ def make_examples(sweep, indices, pc, threshold):
             break
     tokens, _ = sweep.encode(torch.stack(images))
     masks = (torch.einsum('bkhw,k->bhw', tokens, pc) > threshold).cpu().numpy()
-    mean, std = (np.array(values, np.float32) for values in (sweep.clip.mean, sweep.clip.std))
-    examples = [((image.permute(1, 2, 0).numpy() * std + mean).clip(0, 1), mask,
+    examples = [(image.permute(1, 2, 0).numpy() / 255, mask,
                  f'p {mask.mean():.2f}  level {noise_level(mask.mean())}') for image, mask in zip(images, masks)]
     return sorted(examples, key=lambda example: example[1].mean())
 
@@ -313,12 +344,23 @@ def main(config):
         if changed:
             raise Fail(f"{folder}: holds a run with other settings: {', '.join(changed)}; "
                        'choose another output, or delete the folder to start again')
+    finished = folder / 'fg_proportion.npz'
+    if not finished.is_file():
+        try:
+            measure(config, folder)
+        except Fail:
+            if not finished.is_file():  # otherwise another task was faster and has removed what this one was reading
+                raise
+    elif os.environ.get('RANK', '0') == '0':
+        print(f'{folder}: this run is finished; delete the folder to start again')
+    if finished.is_file() and os.environ.get('RANK', '0') == '0':
+        for leftover in folder.glob('.*.tmp*'):  # of killed processes
+            leftover.unlink(missing_ok=True)
+        shutil.rmtree(folder / 'parts', ignore_errors=True)
+
+
+def measure(config, folder):
     parts = folder / 'parts'  # what is finished of an unfinished run
-    if (folder / 'fg_proportion.npz').is_file():
-        if os.environ.get('RANK', '0') == '0':
-            print(f'{folder}: this run is finished; delete the folder to start again')
-            shutil.rmtree(parts, ignore_errors=True)
-        return
     from data import source_dataset  # here, because they take seconds and a mistake in the YAML should not
     from models import FrozenClip
     processes = Processes(config['device'])
@@ -342,7 +384,8 @@ def main(config):
     log = Log(folder, config, processes.main)
     parts.mkdir(parents=True, exist_ok=True)
     if processes.main:
-        atomic(parts / 'run.npz', lambda path: np.savez(path, encoder=clip.fingerprint(), images=len(source)))
+        about = {'encoder': clip.fingerprint(), 'images': len(source)}
+        atomic(parts / 'run.npz', lambda path: np.savez(path, **about), once=True)
     log.write(f"{len(source):,} images; {config['clip']['model']}: {clip.image_size} px, tokens {clip.token_dim}, "
               f'embedding {clip.embedding_dim}; {processes.world} x {processes.device.type}; run folder {folder}')
     if pca_count < config['pca_images']:
@@ -353,10 +396,9 @@ def main(config):
     # Pass 1: covariance of the tokens, then projections of the same tokens
     def sums(tokens, embedding, readable):
         rows = tokens[readable].permute(0, 2, 3, 1).reshape(-1, clip.token_dim).double()
-        return {'count': np.array(float(len(rows))), 'total': rows.sum(0).cpu().numpy(),
-                'outer': (rows.T @ rows).cpu().numpy()}
+        return {'count': torch.tensor(float(len(rows))), 'total': rows.sum(0), 'outer': rows.T @ rows}
 
-    files = sweep('covariance', picked, sums, np.add)
+    files = sweep('covariance', picked, sums, torch.add, share=False)
     if not (parts / 'component.npz').is_file() and processes.main:
         count, total, outer = 0, 0, 0
         for part in load_parts(files):
@@ -368,15 +410,18 @@ def main(config):
         if not np.trace(covariance) > 0:
             raise Fail('the tokens of all pca images are equal: there is no component to find')
         explained = pc @ covariance @ pc / np.trace(covariance)
-        atomic(parts / 'component.npz', lambda path: np.savez(path, pc=pc, mean=mean, explained=explained))
+        atomic(parts / 'component.npz', lambda path: np.savez(path, pc=pc, mean=mean, explained=explained), once=True)
     processes.barrier()
     component, = load_parts([parts / 'component.npz'])
     pc = torch.from_numpy(component['pc']).float().to(processes.device)
 
     def projections(tokens, embedding, readable):
-        return {'projection': torch.einsum('bkhw,k->bhw', tokens, pc)[readable].cpu().numpy()}
+        return {'projection': torch.einsum('bkhw,k->bhw', tokens, pc)[readable]}
 
-    files = sweep('projection', picked, projections, lambda a, b: np.concatenate([a, b]))
+    def concatenate(a, b):
+        return torch.cat([a, b])
+
+    files = sweep('projection', picked, projections, concatenate, share=False)
     projection = np.concatenate([part['projection'] for part in load_parts(files)])
     sign, line = choose_sign(projection, config['foreground_share'], config['sign'])
     projection, pc = sign * projection, sign * pc
@@ -388,14 +433,19 @@ def main(config):
     # Pass 2: every image once
     def measures(tokens, embedding, readable):
         proportion = (torch.einsum('bkhw,k->bhw', tokens, pc) > float(threshold)).float().mean((1, 2))
-        return {'proportion': torch.where(readable, proportion, torch.nan).cpu().numpy(),
-                'embedding': (embedding * readable[:, None]).half().cpu().numpy()}
+        return {'proportion': torch.where(readable, proportion, torch.nan),
+                'embedding': (embedding * readable[:, None]).half()}
 
     result = {'pc': pc.cpu().numpy(), 'mean': component['mean'].astype(np.float32), 'threshold': threshold,
               'sign': sign, 'explained': component['explained'], 'encoder': clip.fingerprint()}
     if config['proportions']:
-        files = sweep('proportion', np.arange(len(source)), measures, lambda a, b: np.concatenate([a, b]))
+        files = sweep('proportion', np.arange(len(source)), measures, concatenate)
     if not processes.main:
+        return
+    missing = sum(not file.is_file() for file in files)
+    if missing:
+        log.write(f'{folder}: {missing} of {len(files)} chunks are still to be made by other tasks; the one that finds '
+                  'all of them there writes the result')
         return
     proportion = level = None
     if config['proportions']:
@@ -404,12 +454,11 @@ def main(config):
         result.update(proportion=proportion, noise_level=level)
 
         def write_embeddings(path):
-            embeddings = np.lib.format.open_memmap(path, 'w+', np.float16, (len(source), clip.embedding_dim))
-            start = 0
-            for part in load_parts(files):
-                embeddings[start:start + len(part['embedding'])] = part['embedding']
-                start += len(part['embedding'])
-            embeddings.flush()
+            with open(path, 'wb') as file:  # on a full disk writing to a memory map ends in a SIGBUS
+                np.lib.format.write_array_header_1_0(file, {'descr': '<f2', 'fortran_order': False,
+                                                            'shape': (len(source), clip.embedding_dim)})
+                for part in load_parts(files):
+                    file.write(part['embedding'].tobytes())
         atomic(folder / 'embeddings.npy', write_embeddings)
     draw(folder, projection, threshold, proportion, level, make_examples(sweep, picked, pc, float(threshold)))
     atomic(folder / 'fg_proportion.npz', lambda path: np.savez(path, **result))  # last: it marks the run as finished
@@ -421,7 +470,6 @@ def main(config):
         report_unreadable(source, np.flatnonzero(level < 0), log)
     log.write(f'wrote {folder}/fg_proportion.npz; see {folder}/foreground.png and histogram.png')
     log.close()
-    shutil.rmtree(parts, ignore_errors=True)
 
 
 def report_unreadable(source, indices, log):

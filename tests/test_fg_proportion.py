@@ -1,4 +1,5 @@
 """Stage 1 on small random models and images made here: the maths, the frozen encoder, the stage as users run it."""
+import errno
 import json
 import os
 import re
@@ -20,7 +21,7 @@ from safetensors.torch import save_file
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import fg_proportion  # noqa: E402
-from common import Fail, load_config  # noqa: E402
+from common import Fail, atomic, load_config  # noqa: E402
 from models import FrozenClip  # noqa: E402
 
 TEXT = {'context_length': 8, 'vocab_size': 64, 'width': 16, 'heads': 2, 'layers': 1}
@@ -337,6 +338,100 @@ def stage():
     yield lambda *arguments: fg_proportion.main(load_config(fg_proportion.DEFAULTS, [str(a) for a in arguments]))
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+def test_tasks_of_an_array(stage, run, clips, images, tmp_path, monkeypatch, capsys):
+    path = write_yaml(tmp_path / 'a.yaml', images, clips['vit'], tmp_path / 'out')
+    stage(path, 'shard=50/64')  # has no chunk of its own, but can do all of pass 1
+    assert (tmp_path / 'out/parts/component.npz').is_file() and not list(tmp_path.glob('out/parts/proportion*'))
+    assert '6 of 6 chunks are still to be made by other tasks' in capsys.readouterr().out
+    stage(path, 'shard=0/2')
+    output = capsys.readouterr().out
+    assert '3 of 6 chunks are still to be made' in output and 'covariance: ' not in output
+    assert not (tmp_path / 'out/fg_proportion.npz').exists()
+    (tmp_path / 'out/.embeddings.npy.node.1.tmp.npy').touch()  # a killed process was writing it
+    for name, value in {'ID': 7, 'COUNT': 2, 'MIN': 6, 'MAX': 7}.items():
+        monkeypatch.setenv(f'SLURM_ARRAY_TASK_{name}', str(value))
+    stage(path, 'num_workers=1')
+    assert 'wrote ' in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / 'out').iterdir()} == {path.name for path in run[0].iterdir()}
+    assert_equal(load(tmp_path / 'out'), load(run[0]))
+
+
+def test_two_tasks_on_the_same_chunks_do_no_harm(run, clips, images, tmp_path):
+    path = write_yaml(tmp_path / 'a.yaml', images, clips['vit'], tmp_path / 'out')
+    jobs = [start(path, 'shard=0/1') for _ in range(2)]
+    for code, output, errors in map(finish, jobs):
+        assert code == 0, errors
+    assert_equal(load(tmp_path / 'out'), load(run[0]))
+
+
+def test_result_taken_away_by_a_faster_task(stage, run, clips, images, tmp_path, monkeypatch):
+    folder, load_parts = tmp_path / 'out', fg_proportion.load_parts
+
+    def late(files):  # another task has made the result and removed the chunks that this one is about to read
+        if 'proportion' in files[0].name:
+            (folder / 'fg_proportion.npz').write_bytes((run[0] / 'fg_proportion.npz').read_bytes())
+            raise Fail('is missing')
+        return load_parts(files)
+    monkeypatch.setattr(fg_proportion, 'load_parts', late)
+    stage(write_yaml(tmp_path / 'a.yaml', images, clips['vit'], folder))
+    assert (folder / 'fg_proportion.npz').read_bytes() == (run[0] / 'fg_proportion.npz').read_bytes()
+    assert not (folder / 'parts').exists()
+
+
+@pytest.mark.parametrize('links', [True, False])
+def test_first_complete_file_counts(links, tmp_path, monkeypatch):
+    if not links:
+        def link(*_):
+            raise OSError(errno.EPERM, 'Operation not permitted')
+        monkeypatch.setattr(os, 'link', link)
+    for text in ('first', 'second'):
+        atomic(tmp_path / 'file', lambda path: path.write_text(text), once=True)
+    assert (tmp_path / 'file').read_text() == 'first' and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize('victim', ['covariance-000001.npz', 'proportion-000002.npz', 'embeddings.npy'])
+def test_full_disk_is_one_line_and_loses_nothing(victim, stage, run, clips, images, tmp_path, monkeypatch):
+    def fsync(number):
+        if victim in os.readlink(f'/proc/self/fd/{number}'):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    path = write_yaml(tmp_path / 'a.yaml', images, clips['vit'], tmp_path / 'out')
+    with monkeypatch.context() as patch, pytest.raises(Fail, match=f'{victim}: cannot be written: No space left'):
+        patch.setattr(os, 'fsync', fsync)
+        stage(path)
+    assert not list((tmp_path / 'out').rglob('.*')) and not (tmp_path / 'out/fg_proportion.npz').exists()
+    stage(path)
+    assert_equal(load(tmp_path / 'out'), load(run[0]))
+
+
+def test_full_disk_met_by_the_log(clips, images, tmp_path):
+    (tmp_path / 'out').mkdir()
+    (tmp_path / 'out/log.jsonl').symlink_to('/dev/full')
+    code, _, errors = finish(start(write_yaml(tmp_path / 'a.yaml', images, clips['vit'], tmp_path / 'out')))
+    assert code == 2 and errors.startswith('fg_proportion.py: No space left on device'), errors
+    assert 'Traceback' not in errors
+
+
+def test_kinds_of_images(stage, clips, tmp_path):
+    folder = tmp_path / 'images'
+    folder.mkdir()
+    rgb = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8))
+    grey = np.asarray(rgb)[..., 0]
+    files = {'0.tif': rgb.convert('CMYK'), '1.png': Image.fromarray(grey.astype(np.uint16) * 257), '2.png': rgb.crop(
+        (3, 3, 4, 4)), '3.gif': rgb.convert('P'), '4.png': rgb}
+    for name, image in files.items():
+        image.save(folder / name, **({'save_all': True, 'append_images': [Image.new('P', (40, 40))]}
+                                     if name == '3.gif' else {}))
+    (folder / '5.png').write_bytes((folder / '4.png').read_bytes()[:900])  # cut short
+    assert Image.open(folder / '3.gif').is_animated
+    stage(write_yaml(tmp_path / 'a.yaml', folder, clips['vit'], tmp_path / 'out'))
+    result, clip = load(tmp_path / 'out'), FrozenClip({'model': str(clips['vit'])})
+    expected = [rgb.convert('CMYK').convert('RGB'), Image.fromarray(grey).convert('RGB'), files['2.png'],
+                files['3.gif'].convert('RGB'), rgb]
+    _, embeddings = clip.forward(torch.stack([clip.preprocess(image) for image in expected]))
+    np.testing.assert_allclose(result['embeddings'][:5], embeddings, rtol=2e-3, atol=2e-3)
+    assert np.isnan(result['proportion']).tolist() == [False] * 5 + [True]
 
 
 def test_quality_encoder_writes_the_component_only(stage, clips, images, tmp_path, capsys):

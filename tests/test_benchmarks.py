@@ -1,0 +1,62 @@
+"""The benchmarks' own arithmetic, and that each runs to its last line."""
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+spec = importlib.util.spec_from_file_location('benchmark', ROOT / 'benchmarks/gen_views.py')
+benchmark = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(benchmark)
+
+
+def test_architecture_is_that_of_stable_unclip():
+    with torch.device('meta'):
+        parts = benchmark.stable_unclip()
+    # Stable Diffusion 2.1 as published, its UNet with two layers more that take the noised embedding of 2,048 numbers
+    assert {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()} == {
+        'unet': 865_910_724 + 2049 * 1280 + 1281 * 1280, 'vae': 83_653_863, 'text_encoder': 340_387_840,
+        'image_encoder': 632_076_800}
+
+
+def test_operations_of_a_view():
+    small, more_steps, larger = (benchmark.operations(*v) for v in ((512, 20), (512, 40), (768, 20)))
+    # the UNet is known to take 0.8e12 at 512 px; twice for guidance, 21 times (the scheduler's first step takes two)
+    assert small == pytest.approx(21 * 2 * 0.8e12 + 2.5e12, rel=0.03)
+    assert more_steps - small == pytest.approx(20 * 2 * 0.8e12, rel=0.03)
+    assert 2.25 < larger / small < 2.25 ** 2  # convolutions grow with the area, attention with its square
+
+
+def test_view_benchmark_with_the_full_architecture_made_small(monkeypatch, capsys):
+    for name, values in {'UNET': dict(block_out_channels=(32,) * 4, attention_head_dim=(1,) * 4, cross_attention_dim=32,
+                                      projection_class_embeddings_input_dim=32),
+                         'VAE': dict(block_out_channels=(32,) * 4),
+                         'TEXT': dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2),
+                         'VISION': dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                                        num_attention_heads=2, projection_dim=16)}.items():
+        monkeypatch.setattr(benchmark, name, {**getattr(benchmark, name), **values})
+    monkeypatch.setattr(sys, 'argv', 'gen_views.py device=cpu model=full pixels=64 steps=2 rounds=1 seconds=0.1 '
+                                     'batch_size=3'.split())
+    benchmark.main()
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result['ratio'] == pytest.approx(result['ours'] / result['theirs'], rel=0.05)
+    assert result['model'] == 'full' and result['ratio'] > 0
+
+
+def test_stage_1_benchmark(tmp_path):
+    for i in range(12):
+        pixels = np.random.default_rng(i).integers(0, 256, (40, 36, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f'{i}.png')
+    output = subprocess.run([sys.executable, 'benchmarks/fg_proportion.py', 'name=folder', f'root={tmp_path}',
+                             'images=10', 'batch_size=4', 'rounds=1', 'workers=1'], cwd=ROOT, capture_output=True,
+                            text=True, check=True).stdout
+    result = json.loads(output.splitlines()[-1])
+    assert result['ratio'] == pytest.approx(result['stage'] / result['bare'], rel=0.05)
+    assert 0 <= result['data_wait'] <= 1
