@@ -49,6 +49,9 @@ from numba import njit, types
 from numba.extending import intrinsic
 from PIL import Image
 
+# FFCV starts a thread pool at import; TBB's waits for ever at the exit of a process that has forked, as a DataLoader
+# does, and may use one core only.
+numba.config.THREADING_LAYER = 'workqueue'
 torch_threads = torch.get_num_threads()
 try:
     with mock.patch.object(numba.typed, 'Dict', dict):   # FFCV compiles one at every import, 4 s, to hold two numbers
@@ -788,22 +791,23 @@ def read_chunk(path):
 
 
 def chunk_defects(path, records, views, side):
-    """What is wrong with a chunk, [(kind, where)], and the checksums of its views, {name: bytes}.
+    """What is wrong with a chunk, [(kind, where)], the checksums of its views, {name: bytes}, and what made them.
 
     records    {index: what must stand in its .json; more may}
     views      {name: index} of the views that must be there, `side` pixels a side"""
     if not path.exists():
-        return [('missing chunks', path.name)], {}
+        return [('missing chunks', path.name)], {}, ''
     try:
         files = read_chunk(path)
     except Exception as error:                           # a damaged header can be anything
-        return [('unreadable chunks', f'{path.name}: {error}')], {}
-    named, failed = {f'{i:08d}.json': i for i in records}, set()
+        return [('unreadable chunks', f'{path.name}: {error}')], {}, ''
+    named, failed, makers = {f'{i:08d}.json': i for i in records}, set(), set()
     wrong = [('files too many', f'{path.name}/{name}') for name in files if name not in named and name not in views]
     for name, i in named.items():
         try:
             found = json.loads(files[name])
             wrong += [(f'other {key} in the record', name) for key in records[i] if found.get(key) != records[i][key]]
+            makers.add(f"{found.get('generator')}, {found.get('precision')}")
             if 'error' in found and 'error' not in records[i]:
                 wrong.append(('failed views', f'{name}: {found["error"]}'))
                 failed.add(i)
@@ -820,7 +824,7 @@ def chunk_defects(path, records, views, side):
             wrong += [] if i in failed else [('missing views', name)]
         except Exception:                                # PIL raises a dozen types for a damaged file
             wrong.append(('unreadable views', name))
-    return wrong, {name: sha256(files[name]).digest() for name in views if name in files}
+    return wrong, {name: sha256(files[name]).digest() for name in views if name in files}, '; '.join(sorted(makers))
 
 
 class StoredViews:
@@ -942,6 +946,9 @@ def write_beton(path, samples, n, settings, mode='raw', quality=95, num_workers=
     try:
         file = open(partial, 'ab')
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not partial.exists() or not os.path.samestat(os.fstat(file.fileno()), partial.stat()):
+            file.close()  # between opening and locking another process has finished: this is its file
+            raise BlockingIOError
     except BlockingIOError:
         raise BeingWritten(f'{path}: another process is writing it') from None
     except OSError as e:

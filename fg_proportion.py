@@ -68,7 +68,7 @@ precision: auto             # auto | fp32 | bf16 | fp16; auto: fp16 on a GPU (as
 device: auto                # auto | cpu | cuda
 seed: 0                     # which images are the random ones
 """
-FREE = ('output', 'batch_size', 'num_workers', 'shard', 'device')  # may differ when a run is resumed
+FREE = ('output', 'dataset.root', 'dataset.download', 'batch_size', 'num_workers', 'shard', 'device')  # may change
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -461,7 +461,7 @@ def measure(config, folder):
                     file.write(part['embedding'].tobytes())
         atomic(folder / 'embeddings.npy', write_embeddings)
     draw(folder, projection, threshold, proportion, level, make_examples(sweep, picked, pc, float(threshold)))
-    atomic(folder / 'fg_proportion.npz', lambda path: np.savez(path, **result))  # last: it marks the run as finished
+    atomic(folder / 'fg_proportion.npz', lambda path: np.savez(path, **result), once=True)  # last: it marks the end
     if config['proportions']:
         counts = {int(value): int((level == value).sum()) for value in range(0, 500, 100)}
         log.write('noise level: ' + ', '.join(f'{value}: {count:,}' for value, count in counts.items())

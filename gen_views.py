@@ -26,6 +26,7 @@ import time
 import zlib
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial, reduce
 from pathlib import Path
 
@@ -81,6 +82,7 @@ pack: null                # null: whichever process finds all chunks there write
 device: auto              # auto | cpu | cuda
 """
 LEVELS = (0, 100, 200, 300, 400)
+ELSEWHERE = ('dataset.root',)  # a dataset may move
 
 
 def main(config):
@@ -105,12 +107,13 @@ def main(config):
                         noise_level=config['noise_level'] if config['strategy'] == 'constant' else None,
                         **({'views_per_image': config['views_per_image']} if config['views_per_image'] > 1 else {}))
     same_settings(output / 'settings.json', settings)  # before anything is written
-    digest = f'{zlib.crc32(json.dumps(settings, sort_keys=True).encode()):08x}'
+    unmoved = {**settings, 'dataset': {k: v for k, v in settings['dataset'].items() if k != 'root'}}
+    digest = f'{zlib.crc32(json.dumps(unmoved, sort_keys=True).encode()):08x}'
     log = Log(output, config, main=processes.main)
     beton, chunks, mine = output / 'pairs.beton', [], []
 
     def record(i):
-        """What stands in the chunk beside the view of image i, but for the generator's name."""
+        """What stands in the chunk beside the view of image i, but for generator and precision."""
         known = dict(index=i, path=source.path(i), noise_level=int(levels[i]), settings=digest)
         return known | (dict(error='stage 1 could not read the source image') if levels[i] < 0 else
                         dict(seed=draw(config['seed'], i)))
@@ -129,6 +132,8 @@ def main(config):
             generate(config, todo, source, levels, embeddings, record, settings, processes, log, stop)
     if config['verify']:
         verify(config, mine, record, beton, first == 0, log, stop)
+        if step > 1:  # only this share is known to be good
+            return
     missing = [path.name for path, _ in chunks if not path.exists()]
     if missing and config['pack'] is True:
         raise Fail(f"{output / 'views'}: {len(missing)} of {len(chunks)} chunks are missing ({', '.join(missing[:5])}"
@@ -142,7 +147,7 @@ def main(config):
         return
     settings.update({k: config[k] for k in ('image_size', 'beton_mode', 'beton_quality')})
     if beton.exists():
-        changed = changed_keys(open_beton(beton, verify=False)['settings'], settings)
+        changed = changed_keys(open_beton(beton, verify=False)['settings'], settings, ELSEWHERE)
         if changed:
             raise Fail(f"{beton}: was packed with other settings: {', '.join(changed)}; delete it, and the same "
                        'command packs it again')
@@ -175,6 +180,11 @@ def check(config):
     for key in ('batch_size', 'chunk_size', 'view_size', 'num_workers', 'views_per_image'):
         if config[key] < 1:
             raise Fail(f"'{key}' must be at least 1, not {config[key]}")
+    if config['seed'] < 0 or value('generator.steps') < 1 or not 1 <= config['beton_quality'] <= 100:
+        raise Fail("'seed' must be at least 0, 'generator.steps' at least 1, 'beton_quality' in 1..100, not "
+                   f"{config['seed']}, {value('generator.steps')}, {config['beton_quality']}")
+    if config['image_size'] is not None and (type(config['image_size']) is not int or config['image_size'] < 1):
+        raise Fail(f"'image_size' must be a number of pixels or null, not {config['image_size']!r}")
 
 
 def noise_levels(config, count):
@@ -188,7 +198,10 @@ def noise_levels(config, count):
     for name in ('fg_proportion.npz', 'embeddings.npy')[:1 + stored]:
         if not (folder / name).is_file():
             raise Fail(f'{folder / name}: no such file; run fg_proportion.py on this dataset first')
-    adaptive = np.load(folder / 'fg_proportion.npz')['noise_level']
+    with np.load(folder / 'fg_proportion.npz') as found:
+        if 'noise_level' not in found:
+            raise Fail(f'{folder}: was made with proportions=false; run fg_proportion.py without it')
+        adaptive = found['noise_level']
     if stored:
         embeddings = np.load(folder / 'embeddings.npy', mmap_mode='r')
     if not len(adaptive) == len(adaptive if embeddings is None else embeddings) == count:
@@ -226,7 +239,7 @@ def same_settings(path, settings, claim=False):
             if not path.exists():  # a file system without links
                 own.replace(path)
         own.unlink(missing_ok=True)
-    changed = path.exists() and changed_keys(json.loads(path.read_text()), settings)
+    changed = path.exists() and changed_keys(json.loads(path.read_text()), settings, ELSEWHERE)
     if changed:
         raise Fail(f"{path.parent}: was made with other settings: {', '.join(changed)}; choose another output folder "
                    'or delete this one')
@@ -263,14 +276,16 @@ def generate(config, chunks, source, levels, embeddings, record, settings, proce
             future, path, views, seconds = writing.popleft()
             future.result()
             bad(path).unlink(missing_ok=True)
-            log.write(None if bar.disable is False else f'{path.name}: {views} views, {views / seconds:.1f} a second',
+            log.write(f'{path.name}: {views} views, {views / seconds:.1f} a second' if bar.disable else None,
                       step=int(path.stem), views=views, views_per_second=views / seconds)
 
     total = sum(len(indices) for _, indices in chunks) * several
-    with tqdm(total=total, unit='view', disable=None) as bar, ThreadPoolExecutor(config['num_workers']) as pool:
+    with tqdm(total=total, unit='view', disable=None if processes.main else True) as bar, \
+            ThreadPoolExecutor(config['num_workers']) as pool:
         for path, indices in chunks:
             start, at, files = time.time(), 0, {}
-            records = {i: {**record(i), 'generator': generator.name} for i in indices}
+            made_by = {'generator': generator.name, 'precision': str(generator.dtype)[6:]}
+            records = {i: {**record(i), **made_by} for i in indices}
             wanted = [(i, v) for i in indices if levels[i] >= 0 for v in range(several)]
             while at < len(wanted) and not stop:
                 part = wanted[at:at + size]
@@ -341,12 +356,13 @@ def verify(config, chunks, record, beton, beton_too, log, stop):
         path, indices = chunk
         records = {i: record(i) for i in indices}
         views = {name: i for i in indices if 'error' not in records[i] for name in names(i, config)}
-        return ([], {}) if stop else chunk_defects(path, records, views, config['view_size'])
+        return ([], {}, '') if stop else chunk_defects(path, records, views, config['view_size'])
 
-    defects, seen, spoilt = [], {}, set()
+    defects, seen, spoilt, makers = [], {}, set(), {}
     with ThreadPoolExecutor(config['num_workers']) as pool:
         found = tqdm(pool.map(inspect, chunks), total=len(chunks), unit='chunk', disable=None)
-        for (path, _), (wrong, views) in zip(chunks, found):
+        for (path, _), (wrong, views, maker) in zip(chunks, found):
+            makers |= {path: maker} if maker else {}
             for name, checksum in views.items():
                 other, where = seen.setdefault(checksum, (name, path))
                 if other != name:
@@ -356,6 +372,10 @@ def verify(config, chunks, record, beton, beton_too, log, stop):
             spoilt |= {path} if wrong else set()
     if stop:
         return
+    usual = Counter(makers.values()).most_common(1)
+    for path in (path for path, maker in makers.items() if maker != usual[0][0]):
+        defects.append(('other generator or precision', f'{path.name}: {makers[path]}, most: {usual[0][0]}'))
+        spoilt.add(path)
     if beton.exists() and beton_too:
         Path(f'{beton}.verified').unlink(missing_ok=True)  # every byte, whatever was checked before
         try:
@@ -371,9 +391,11 @@ def verify(config, chunks, record, beton, beton_too, log, stop):
     if not defects:
         return
     for path in spoilt:
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.replace(bad(path)) if path.exists() else bad(path).touch()
-    if beton.exists() and set(kinds) != {'missing chunks'}:
-        beton.replace(bad(beton))
+    if set(kinds) != {'missing chunks'}:
+        with suppress(FileNotFoundError):  # there is none yet, or the task with another share was first
+            beton.replace(bad(beton))
     print(f'the same command makes {len(spoilt)} chunks again', flush=True)
     sys.exit(1)
 
@@ -383,16 +405,26 @@ def verify(config, chunks, record, beton, beton_too, log, stop):
 
 def pack(config, beton, source, levels, views, settings, log, stop):
     for leftover in (beton.parent / 'views').glob('.*.tmp.tar'):  # of killed processes: every chunk is complete now
-        leftover.unlink(missing_ok=True)
+        with suppress(OSError):
+            if time.time() - leftover.stat().st_mtime > 3600:  # a second task may be at the same chunk
+                leftover.unlink()
+
+    def leave_if_asked():  # write_beton removes what it has begun
+        if stop:
+            log.write(f'{stop.name}: leaving; the same command packs {beton} again')
+            sys.exit(stop.exit_code)
+
     readable = list(range(len(source)))
     if (levels < 0).any() or not config['proportions']:  # only then can there be images that do not open
-        readable = [i for i in readable if opened(source, i)]
+        with ThreadPoolExecutor(config['num_workers']) as pool:
+            opens = pool.map(lambda i: not stop and opened(source, i) is not None, readable)
+            readable = [i for i, good in zip(readable, tqdm(opens, 'readable?', len(readable), disable=None)) if good]
+        leave_if_asked()
     lost, several, failed = len(source) - len(readable), config['views_per_image'], set()
 
     def sample(k):
-        if stop:  # write_beton removes what it has begun
-            log.write(f'{stop.name}: leaving; the same command packs {beton} again')
-            sys.exit(stop.exit_code)
+        leave_if_asked()
+        bar.update()  # (nothing happens once it is closed)
         i = readable[k]
         image, label = source[i]
         made = views[i] if levels[i] >= 0 else []
@@ -401,8 +433,9 @@ def pack(config, beton, source, levels, views, settings, log, stop):
         made = [made[v % len(made)] for v in range(several)] if made else None  # others stand in for one that failed
         return np.asarray(shrink(image, config['image_size'])), made, label, i, int(levels[i]) if made else -1
 
-    write_beton(beton, sample, len(readable), settings, mode=config['beton_mode'], quality=config['beton_quality'],
-                num_workers=config['num_workers'], views=several)
+    with tqdm(desc=beton.name, total=len(readable), unit='image', disable=None) as bar:
+        write_beton(beton, sample, len(readable), settings, mode=config['beton_mode'], quality=config['beton_quality'],
+                    num_workers=config['num_workers'], views=several)
     bad(beton).unlink(missing_ok=True)
     log.write(f'{beton}: {len(readable)} samples' + (f'; {lost} source images could not be read and are left out: '
               f'{sorted(set(range(len(source))) - set(readable))[:10]}' if lost else '')

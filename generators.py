@@ -87,7 +87,8 @@ class UnCLIP:
                 unused = {} if self.own_encoder else dict(image_encoder=None, feature_extractor=None)
                 pipeline = _Pipeline.from_pretrained(name, dtype=self.dtype, local_files_only=folder.is_dir(), **unused)
             except Exception as error:
-                problems.append(f'{name}: {type(error).__name__}: {str(error).strip().splitlines()[0][:150]}')
+                reason = (str(error).strip() or repr(error)).splitlines()[0]
+                problems.append(f'{name}: {type(error).__name__}: {reason[:150]}')
                 continue
             return pipeline, str(name)
         raise Fail('generator.model cannot be loaded: ' + '; '.join(problems))
@@ -118,8 +119,8 @@ class UnCLIP:
         finite = torch.isfinite(images).flatten(1).all(1)
         if not finite.all() and self.dtype != torch.float32:
             half = self.dtype
-            self._cast(torch.float32)
             try:
+                self._cast(torch.float32)
                 for k in (~finite).nonzero().flatten().tolist():  # one by one: what else failed must not matter
                     images[k] = self._draw(*(row[k:k + 1] for row in rows))[0]
             finally:

@@ -946,3 +946,9 @@ def test_cifar_with_a_wrong_pixel_is_refused(tmp_path):
     (tmp_path / 'cifar10.npz').write_bytes(b'PK')
     with pytest.raises(DataError, match='damaged'):
         source_dataset({'name': 'CIFAR10', 'root': tmp_path})
+
+
+def test_a_process_with_one_core_that_has_forked_ends():
+    code = 'import os, data\nif not os.fork():\n    os._exit(0)\nos.wait()'
+    one_core = dict(preexec_fn=lambda: os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}))
+    assert subprocess.run([sys.executable, '-c', code], cwd=Path(data.__file__).parent, timeout=300, **one_core).returncode == 0
