@@ -257,6 +257,7 @@ def atomic(path, write, once=False):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f'.{path.name}.{os.uname().nodename}.{os.getpid()}.tmp{path.suffix}')
+    temporary.unlink(missing_ok=True)  # of a killed process with this number; it may be a link to the finished file
     try:
         write(temporary)
         with open(temporary, 'rb') as file:

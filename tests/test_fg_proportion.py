@@ -390,6 +390,15 @@ def test_first_complete_file_counts(links, tmp_path, monkeypatch):
         atomic(tmp_path / 'file', lambda path: path.write_text(text), once=True)
     assert (tmp_path / 'file').read_text() == 'first' and len(list(tmp_path.iterdir())) == 1
 
+    def killed(path):  # between the link and the removal of the temporary file, by a process of the same number
+        os.link(tmp_path / 'file', path) if links else None
+        raise SystemExit
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(Path, 'unlink', lambda *_, **__: None)
+        atomic(tmp_path / 'file', killed, once=True)
+    atomic(tmp_path / 'file', lambda path: path.write_text('third'), once=True)
+    assert (tmp_path / 'file').read_text() == 'first' and len(list(tmp_path.iterdir())) == 1
+
 
 @pytest.mark.parametrize('victim', ['covariance-000001.npz', 'proportion-000002.npz', 'embeddings.npy'])
 def test_full_disk_is_one_line_and_loses_nothing(victim, stage, run, clips, images, tmp_path, monkeypatch):
