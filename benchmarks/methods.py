@@ -23,8 +23,8 @@ METHODS = {  # heads in proportion to the narrow backbone's 256 features
     'mocov3': ['mocov3.dim=128', 'mocov3.hidden=1024', 'mocov3.temperature=0.2'],
     'byol': ['byol.dim=128', 'byol.hidden=1024', 'byol.momentum=0.9'],  # 180 steps: 0.99 hardly leaves its start
     'simsiam': ['simsiam.dim=512', 'simsiam.hidden=128'],
-    'swav': ['swav.hidden=512', 'swav.prototypes=100', 'swav.queue=0', 'swav.freeze_prototypes=9',
-             'small_crops.count=4', 'small_crops.size=16'],
+    'swav': ['swav.hidden=512', 'swav.prototypes=100', 'swav.queue=0', 'swav.freeze_prototypes=9', 'swav.epsilon=0.03',
+             'optimizer.lr=0.1'],
     'simclr': ['simclr.temperature=0.2'],
     'vicreg': ['vicreg.dim=1024', 'vicreg.hidden=1024', 'optimizer.lr=0.05'],
 }
