@@ -232,6 +232,9 @@ def test_strategies(settings, tmp_path):
     ({'source': 'folder'}, "'views_root' is not set"),
     ({'pack': 'yes'}, "'pack' must be one of None, True, False"),
     ({'shard': '4/4'}, 'shard: must be i/n'),
+    ({'seed': -1}, "'seed' must be at least 0"),
+    ({'generator': {'model': 'any', **SPEC, 'steps': 0}}, "'generator.steps' at least 1"),
+    ({'image_size': -1}, "'image_size' must be a number"),
 ])
 def test_bad_settings(settings, tmp_path, monkeypatch, changes, message):
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
@@ -401,6 +404,37 @@ def test_verify_finds_every_planted_defect_and_the_same_command_mends_it(setting
     generate(settings, tmp_path)  # without verify, too
     assert {p.name: p.read_bytes() for p in [*folder.glob('views/*'), folder / 'pairs.beton']} == whole
     assert not list(folder.glob('*.bad'))
+
+
+def test_verify_where_nothing_is_or_machines_differ_or_only_a_share_is_looked_at(settings, tmp_path, capsys):
+    with pytest.raises(SystemExit) as left:
+        generate(settings, tmp_path, verify=True)
+    assert left.value.code == 1 and 'missing chunks: 5' in capsys.readouterr().out
+    folder = generate(settings, tmp_path, pack=False)
+    whole = {p.name: p.read_bytes() for p in folder.glob('views/*.tar')}
+
+    def of_another_machine(files):
+        for name in files:
+            if name.endswith('json'):
+                files[name] = json.dumps({**json.loads(files[name]), 'precision': 'float16'}).encode()
+    change_chunk(folder / 'views/000003.tar', of_another_machine)
+    generate(settings, tmp_path, verify=True, shard='0/2')  # chunks 0, 2, 4
+    assert 'all is well' in capsys.readouterr().out and not (folder / 'pairs.beton').exists()
+    with pytest.raises(SystemExit):
+        generate(settings, tmp_path, verify=True)
+    assert 'other generator or precision: 1 (000003.tar' in capsys.readouterr().out
+    generate(settings, tmp_path)
+    assert {p.name: p.read_bytes() for p in folder.glob('views/*')} == whole and (folder / 'pairs.beton').exists()
+
+
+def test_the_images_may_move(settings, stage1, tmp_path, capsys):
+    folder = generate(settings, tmp_path)
+    (tmp_path / 'elsewhere').symlink_to(stage1 / 'images')
+    (folder / 'views/000001.tar').unlink()
+    moved = {**settings, 'dataset': {'name': 'folder', 'root': str(tmp_path / 'elsewhere')}}
+    generate(moved, tmp_path)
+    generate(moved, tmp_path, verify=True)
+    assert 'all is well' in capsys.readouterr().out
 
 
 def test_out_of_memory_halves_the_batch(settings, tmp_path, monkeypatch, capsys):
