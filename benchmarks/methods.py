@@ -21,7 +21,7 @@ RUN, RESULTS = Path('runs/methods'), ROOT / 'results/cifar10_methods.json'
 METHODS = {  # heads in proportion to the narrow backbone's 256 features
     'mocov2': [],
     'mocov3': ['mocov3.dim=128', 'mocov3.hidden=1024', 'mocov3.temperature=0.2'],
-    'byol': ['byol.dim=128', 'byol.hidden=1024', 'byol.momentum=0.9'],  # 180 steps: 0.99 hardly leaves its start
+    'byol': ['byol.dim=128', 'byol.hidden=1024', 'optimizer.lr=0.05'],
     'simsiam': ['simsiam.dim=512', 'simsiam.hidden=128'],
     'swav': ['swav.hidden=512', 'swav.prototypes=100', 'swav.queue=0', 'swav.freeze_prototypes=9', 'swav.epsilon=0.03',
              'optimizer.lr=0.1'],
