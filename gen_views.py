@@ -406,7 +406,7 @@ def verify(config, chunks, record, beton, beton_too, log, stop):
 def pack(config, beton, source, levels, views, settings, log, stop):
     for leftover in (beton.parent / 'views').glob('.*.tmp.tar'):  # of killed processes: every chunk is complete now
         with suppress(OSError):
-            if time.time() - leftover.stat().st_mtime > 3600:  # a second task may be at the same chunk
+            if time.time() - leftover.stat().st_mtime > 60:  # a second task may be at the same chunk
                 leftover.unlink()
 
     def leave_if_asked():  # write_beton removes what it has begun

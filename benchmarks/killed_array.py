@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = {'fg_proportion': ('fg_proportion.npz', 'embeddings.npy'), 'gen_views': ('views/*.tar', 'pairs.beton')}
+RESULTS = {'fg_proportion': ('fg_proportion.npz', 'embeddings.npy'), 'gen_views': ('views/[0-9]*.tar', 'pairs.beton')}
 options = dict(images=10_000, tasks=4, parallel=1, seconds=40.0, seed=0, root='data/cifar10',
                output='runs/killed_array')
 for argument in sys.argv[1:]:
