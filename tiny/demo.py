@@ -54,8 +54,8 @@ def main():
         result = json.loads((here / folder / 'results.json').read_text())
         print(f"    {name:<45} {result['knn']['top1']:>10.1f} %  {result['linear']['top1']:>12.1f} %")
     print('\nA small encoder, few images, few epochs, one seed: differences of one or two points between the last two\n'
-          'lines are chance. README.md ("Does it help?") has the same comparison with more images and three seeds, and\n'
-          'tells how to run the full protocol and your own images.')
+          'lines are chance. README.md ("Does it help?") says what larger runs have shown and how to make\n'
+          'them, and tells how to run the full protocol and your own images.')
 
 
 if __name__ == '__main__':
