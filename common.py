@@ -298,8 +298,8 @@ def load_checkpoint(path):
                    f'{str(error).splitlines()[0][:120]}); delete it to start again') from None
 
 
-def save_json(path, value):
-    atomic(path, lambda p: p.write_text(json.dumps(value, indent=1) + '\n'))
+def save_json(path, value, once=False):
+    atomic(path, lambda p: p.write_text(json.dumps(value, indent=1) + '\n'), once)
 
 
 def random_states():

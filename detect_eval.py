@@ -19,7 +19,6 @@ PRECISE_BN); on VOC, boxes are matched as on COCO, so that a difficult object ex
 """
 import io
 import json
-import pickle
 import sys
 import time
 from contextlib import redirect_stdout
@@ -180,7 +179,7 @@ class Images(Dataset):
 
     labels: category id -> 1, 2, ... With a seed, for the flips: images that have objects to learn; boxes are cut to the
     image, crowds and boxes under a pixel left out. Without: all images, and the target is the id. What is known of them
-    lies pickled in one array that worker processes share; Python objects would be copied into each."""
+    lies as JSON in one array that worker processes share; Python objects would be copied into each."""
 
     def __init__(self, index, folder, labels, masks, seed=None):
         self.seed, self.flip, records = seed, v2.Compose([v2.RandomHorizontalFlip(0.5), v2.ToPureTensor()]), []
@@ -192,25 +191,26 @@ class Images(Dataset):
                 if not a['iscrowd'] and min(box[2] - box[0], box[3] - box[1]) >= 1:
                     found.append((box, labels[a['category_id']], index.annToRLE(a) if masks else None))
             if found or seed is None:
-                records.append(pickle.dumps((number, str(folder / image['file_name']), (height, width), found)))
+                record = number, str(folder / image['file_name']), (height, width), found
+                records.append(json.dumps(record, default=bytes.decode).encode())  # (of masks: compressed, in ASCII)
         self.ends, self.content = np.cumsum([0, *map(len, records)]), np.frombuffer(b''.join(records), np.uint8)
 
     def __len__(self):
         return len(self.ends) - 1
 
     def __getitem__(self, key):
-        number, path, size, found = pickle.loads(self.content[self.ends[key[1]]:self.ends[key[1] + 1]])
+        number, path, size, found = json.loads(self.content[self.ends[key[1]]:self.ends[key[1] + 1]].tobytes())
         try:
             with Image.open(path) as file:
                 image = v2.functional.pil_to_tensor(file.convert('RGB'))
         except Exception as error:  # PIL raises nearly everything on a damaged file
             return f'{path}: cannot be read: {" ".join(str(error).split())}'
-        if image.shape[1:] != size:
-            return f'{path}: has {tuple(image.shape[1:])} pixels, its annotations are for {size} (height, width)'
+        if list(image.shape[1:]) != size:
+            return f'{path}: has {tuple(image.shape[1:])} pixels, its annotations are for {tuple(size)} (height, width)'
         if self.seed is None:
             return image, number
         boxes, labels, masks = zip(*found)
-        target = {'boxes': tv_tensors.BoundingBoxes(boxes, dtype=torch.float32, format='XYXY', canvas_size=size),
+        target = {'boxes': tv_tensors.BoundingBoxes(boxes, dtype=torch.float32, format='XYXY', canvas_size=tuple(size)),
                   'labels': torch.tensor(labels)}
         if masks[0] is not None:
             target['masks'] = tv_tensors.Mask(rle.decode(list(masks)).transpose(2, 0, 1))

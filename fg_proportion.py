@@ -68,7 +68,7 @@ precision: auto             # auto | fp32 | bf16 | fp16; auto: fp16 on a GPU (as
 device: auto                # auto | cpu | cuda
 seed: 0                     # which images are the random ones
 """
-FREE = ('output', 'dataset.root', 'dataset.download', 'batch_size', 'num_workers', 'shard', 'device')  # may change
+FREE = ('output', 'dataset.download', 'batch_size', 'num_workers', 'shard', 'device')  # may differ on resuming
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -172,8 +172,8 @@ class Sweep:
 
     def encode(self, images):
         """images uint8 (B, 3, S, S) -> tokens (B, K, H, W) and embeddings (B, D), float32."""
-        images = images.to(self.processes.device, non_blocking=True)
-        images = (images.float() / 255 - self.mean) / self.std
+        from models import normalize
+        images = normalize(images.to(self.processes.device, non_blocking=True), self.mean, self.std)
         with torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32):
             tokens, embedding = self.clip.forward(images)
         return tokens.float(), embedding.float()

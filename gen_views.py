@@ -20,7 +20,6 @@ a GPU rounds differently for other batch sizes: the same picture, not the same b
 """
 import io
 import json
-import os
 import sys
 import time
 import zlib
@@ -82,7 +81,6 @@ pack: null                # null: whichever process finds all chunks there write
 device: auto              # auto | cpu | cuda
 """
 LEVELS = (0, 100, 200, 300, 400)
-ELSEWHERE = ('dataset.root',)  # a dataset may move
 
 
 def main(config):
@@ -106,7 +104,9 @@ def main(config):
                         proportions=checksum,
                         noise_level=config['noise_level'] if config['strategy'] == 'constant' else None,
                         **({'views_per_image': config['views_per_image']} if config['views_per_image'] > 1 else {}))
-    same_settings(output / 'settings.json', settings)  # before anything is written
+    moved = () if embeddings is None else ('dataset.root',)  # a dataset may move: its embeddings tell which one it is
+    settings_agree = partial(same_settings, output / 'settings.json', settings, moved)
+    settings_agree()  # before anything is written
     unmoved = {**settings, 'dataset': {k: v for k, v in settings['dataset'].items() if k != 'root'}}
     digest = f'{zlib.crc32(json.dumps(unmoved, sort_keys=True).encode()):08x}'
     log = Log(output, config, main=processes.main)
@@ -129,7 +129,7 @@ def main(config):
         todo = [c for c in mine if not c[0].exists() and (not config['verify'] or bad(c[0]).exists())]
         log.write(f'{len(source)} images, levels {histogram(levels)}; {len(chunks)} chunks, {len(todo)} to make here')
         if todo and config['pack'] is not True:
-            generate(config, todo, source, levels, embeddings, record, settings, processes, log, stop)
+            generate(config, todo, source, levels, embeddings, record, settings_agree, processes, log, stop)
     if config['verify']:
         verify(config, mine, record, beton, first == 0, log, stop)
         if step > 1:  # only this share is known to be good
@@ -147,7 +147,7 @@ def main(config):
         return
     settings.update({k: config[k] for k in ('image_size', 'beton_mode', 'beton_quality')})
     if beton.exists():
-        changed = changed_keys(open_beton(beton, verify=False)['settings'], settings, ELSEWHERE)
+        changed = changed_keys(open_beton(beton, verify=False)['settings'], settings, moved)
         if changed:
             raise Fail(f"{beton}: was packed with other settings: {', '.join(changed)}; delete it, and the same "
                        'command packs it again')
@@ -228,18 +228,12 @@ def histogram(levels):
     return ', '.join(f"{level if level >= 0 else 'none'}: {n}" for level, n in counts)
 
 
-def same_settings(path, settings, claim=False):
-    """Views made with other settings must not mix with these. claim: write the file, if no other task has."""
-    if claim and not path.exists():
-        own = path.with_name(f'.{path.name}.{os.uname().nodename}.{os.getpid()}')
-        save_json(own, settings)
-        try:
-            os.link(own, path)  # fails where another task was first: nothing is replaced
-        except OSError:
-            if not path.exists():  # a file system without links
-                own.replace(path)
-        own.unlink(missing_ok=True)
-    changed = path.exists() and changed_keys(json.loads(path.read_text()), settings, ELSEWHERE)
+def same_settings(path, settings, moved, claim=False):
+    """Views made with other settings must not mix with these. moved: keys that may differ. claim: write the file, if no
+    other task has."""
+    if claim:
+        save_json(path, settings, once=True)
+    changed = path.exists() and changed_keys(json.loads(path.read_text()), settings, moved)
     if changed:
         raise Fail(f"{path.parent}: was made with other settings: {', '.join(changed)}; choose another output folder "
                    'or delete this one')
@@ -257,7 +251,7 @@ def names(i, config):
 # ---------------------------------------------------------------------------------------------------
 # Generation
 
-def generate(config, chunks, source, levels, embeddings, record, settings, processes, log, stop):
+def generate(config, chunks, source, levels, embeddings, record, settings_agree, processes, log, stop):
     from generators import UnCLIP
     generator = UnCLIP(config['generator'], processes.device)
     if embeddings is not None and embeddings.shape[1] != generator.embedding_dim:
@@ -312,7 +306,7 @@ def generate(config, chunks, source, levels, embeddings, record, settings, proce
                     if not images.any():
                         raise Fail(f'{generator.name}: gave NaN for all of the first batch, in {generator.dtype} and '
                                    'in fp32: its weights are damaged')
-                    same_settings(Path(config['output']) / 'settings.json', settings, claim=True)
+                    settings_agree(claim=True)
                     claimed = True
                 for (i, v), picture, image in zip(part, pictures, images):
                     if not picture or not image.any():

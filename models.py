@@ -692,8 +692,8 @@ class SimCLR(Method):
 
     Both views share a pass and so batch norm statistics. Projector: hidden layers as wide as the features, no bias,
     normal initialisation of std 0.01, batch norm without shift at its end (norm=False: Linear with bias, ReLU, Linear,
-    as COP-Gen's code); the backbone is initialised as torchvision does. Loss: sum of the two directions as in the official code (paper and SupConLoss: their mean).
-    Zero residuals at the start. Batch norm over the global batch."""
+    as COP-Gen's code); the backbone is initialised as torchvision does. Loss: sum of the two directions as in the
+    official code (paper and SupConLoss: their mean). Zero residuals at the start. Batch norm over the global batch."""
     zero_init_residual = True
 
     def __init__(self, backbone, dim=128, layers=2, norm=True, temperature=0.1, **common):
@@ -1098,7 +1098,8 @@ def export(path, folder, **hints):
     """Write the backbone of any file that load_backbone (with its keywords as hints) reads, for use elsewhere:
 
     backbone.pth     state dict with torchvision's (ResNet) or timm's names and without a head:
-                     torchvision.models.resnet50().load_state_dict(torch.load('backbone.pth'), strict=False)
+                     state = torch.load('backbone.pth', weights_only=True)
+                     torchvision.models.resnet50().load_state_dict(state, strict=False)
     backbone.json    architecture, normalisation (for values in [0, 1]; null where it is not known), image size
     detectron2.pth   of a ResNet with ImageNet stem: the same for MODEL.WEIGHTS
     detectron2.json  the settings that belong to it, and the map of the names"""

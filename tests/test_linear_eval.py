@@ -211,11 +211,13 @@ def _stop_on_one_process(rank, folder):
     found = all_features(images, 67, encoder, processes, 'all')  # 34 and 33 images: two batches and one
     assert found[1].tolist() == [i % 3 for i in range(67)]
     assert all_features(images, 67, encoder, processes, 'all', stop=rank == 1) is None
+    Path(folder, f'stopped.{rank}').touch()
     dist.destroy_process_group()
 
 
 def test_a_stop_on_one_process_ends_all_of_them(workplace):
     mp.spawn(_stop_on_one_process, (str(workplace),), nprocs=2)
+    assert {path.name for path in workplace.glob('stopped.*')} == {'stopped.0', 'stopped.1'}
 
 
 def test_probe_learns_and_leaves_the_backbone_alone(workplace, tmp_path, capsys):
