@@ -12,6 +12,7 @@ judge: a CIFAR-10 classifier that had no part in any of this (a ResNet-56 of git
 With it the last lines tell how often views keep the class of their source, and whether the quality of a pair (eq. 12)
 is higher where they do: the area under the curve, 0.5 for no relation.
 """
+import fcntl
 import json
 import platform
 import subprocess
@@ -21,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.stats import ttest_ind
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'tiny')]
@@ -42,8 +44,6 @@ ROWS = {  # row: (views, keys of yamls/pretrain/effect.yaml)
 TITLES = {'baseline': 'baseline (alpha 0)', 'quality': 'baseline + quality weights', 'constant': 'views, level 200',
           'random': 'views, random level', 'adaptive': 'views, adaptive level',
           'adaptive_quality': 'views, adaptive level + quality weights'}
-# 97.5 % points of Student's t for the degrees of freedom of two groups of 2, 3, 4, 5 seeds
-STUDENT = {2: 4.303, 4: 2.776, 6: 2.447, 8: 2.306}
 
 
 def stage(script, *arguments):
@@ -67,28 +67,25 @@ def results():
 
 
 def table():
-    """Prints kNN and linear top-1 of every row, mean +- standard deviation over the seeds, and the difference to the
-    baseline with its 95 % interval (Student's t, pooled variance)."""
+    """Prints kNN and linear top-1 of every row, mean +- standard deviation over the seeds, and the differences to the
+    baseline with their 95 % intervals (Student's t, pooled variance)."""
     done = results()
-    base = [r for r in done if r['row'] == 'baseline']
-    print('\n| row | n | kNN top-1 | linear top-1 | linear - baseline (95 % interval) | minutes a run |\n'
-          '|---|---|---|---|---|---|')
+    print('\n| row | n | kNN top-1 | - baseline (95 %) | linear top-1 | - baseline (95 %) | minutes a run |\n'
+          '|---|---|---|---|---|---|---|')
     for row, title in TITLES.items():
         runs = [r for r in done if r['row'] == row]
         if not runs:
             continue
-        linear, reference = (np.array([r['linear'] for r in group]) for group in (runs, base))
         cells = [title, str(len(runs))]
         for key in ('knn', 'linear'):
-            values = np.array([r[key] for r in runs])
-            cells.append(f'{values.mean():.2f} ± {values.std(ddof=1):.2f}' if len(runs) > 1 else f'{values.mean():.2f}')
-        difference = f'{linear.mean() - reference.mean():+.2f}' if len(base) and row != 'baseline' else ''
-        if difference and len(linear) == len(reference) and 2 * len(linear) - 2 in STUDENT:
-            error = np.sqrt((linear.var(ddof=1) + reference.var(ddof=1)) / len(linear))
-            width = STUDENT[2 * len(linear) - 2] * error
-            difference += f' ({linear.mean() - reference.mean() - width:+.2f} to ' \
-                          f'{linear.mean() - reference.mean() + width:+.2f})'
-        print('| ' + ' | '.join([*cells, difference, f"{np.mean([r['seconds'] for r in runs]) / 60:.1f}"]) + ' |')
+            values, base = (np.array([r[key] for r in done if r['row'] == name]) for name in (row, 'baseline'))
+            cells += [f'{values.mean():.2f}' + (f' ± {values.std(ddof=1):.2f}' if len(values) > 1 else ''), '']
+            if row != 'baseline' and len(base):
+                cells[-1] = f'{values.mean() - base.mean():+.2f}'
+                if min(len(values), len(base)) > 1:
+                    found = ttest_ind(values, base).confidence_interval()
+                    cells[-1] += f' ({found.low:+.2f} to {found.high:+.2f})'
+        print('| ' + ' | '.join([*cells, f"{np.mean([r['seconds'] for r in runs]) / 60:.1f}"]) + ' |')
 
 
 def area_under_curve(scores, positive):
@@ -154,9 +151,11 @@ def main():
                   f'output={folder}/linear_eval')
             measured = json.loads((ROOT / folder / 'linear_eval/results.json').read_text())
             RESULTS.parent.mkdir(exist_ok=True)
-            save_json(RESULTS, [*results(), dict(
-                row=row, seed=seed, knn=measured['knn']['top1'], linear=measured['linear']['top1'],
-                seconds=round(seconds), hardware=device_name())])
+            with open(ROOT / RUN / 'lock', 'w') as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                save_json(RESULTS, [*results(), dict(
+                    row=row, seed=seed, knn=measured['knn']['top1'], linear=measured['linear']['top1'],
+                    seconds=round(seconds), hardware=device_name())])
     table()
     if options['judge']:
         judged(options['judge'])

@@ -12,9 +12,16 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-spec = importlib.util.spec_from_file_location('benchmark', ROOT / 'benchmarks/gen_views.py')
-benchmark = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(benchmark)
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / f'benchmarks/{name}.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+benchmark, effect = load('gen_views'), load('cifar10_effect')
 
 
 def test_architecture_is_that_of_stable_unclip():
@@ -60,3 +67,25 @@ def test_stage_1_benchmark(tmp_path):
     result = json.loads(output.splitlines()[-1])
     assert result['ratio'] == pytest.approx(result['stage'] / result['bare'], rel=0.05)
     assert 0 <= result['data_wait'] <= 1
+
+
+def test_table_of_the_effect(tmp_path, monkeypatch, capsys):
+    """Mean, deviation, difference to the baseline and its 95 % interval: 2.776 standard errors for two groups of three."""
+    monkeypatch.setattr(effect, 'RESULTS', tmp_path / 'results.json')
+    values = {'baseline': [40., 41., 42.], 'adaptive': [43., 44., 45.], 'random': [50.]}
+    effect.RESULTS.write_text(json.dumps([dict(row=row, seed=seed, knn=v, linear=2 * v, seconds=60)
+                                          for row, column in values.items() for seed, v in enumerate(column)]))
+    effect.table()
+    lines = [line.split(' | ') for line in capsys.readouterr().out.splitlines() if line.startswith('| ')][1:]
+    assert [line[0][2:] for line in lines] == [effect.TITLES[row] for row in ('baseline', 'random', 'adaptive')]
+    assert lines[0][1:] == ['3', '41.00 ± 1.00', '', '82.00 ± 2.00', '', '1.0 |']
+    assert lines[1][1:] == ['1', '50.00', '+9.00', '100.00', '+18.00', '1.0 |']
+    width = 2.776 * (2 / 3) ** 0.5
+    assert lines[2][1:] == ['3', '44.00 ± 1.00', f'+3.00 ({3 - width:+.2f} to {3 + width:+.2f})', '88.00 ± 2.00',
+                            f'+6.00 ({6 - 2 * width:+.2f} to {6 + 2 * width:+.2f})', '1.0 |']
+
+
+def test_area_under_curve():
+    scores, positive = np.array([1., 2., 2., 3.]), np.array([False, True, False, True])
+    # pairs of a positive and a negative: 2 > 1, 2 = 2, 3 > 1, 3 > 2
+    assert effect.area_under_curve(scores, positive) == pytest.approx(3.5 / 4)

@@ -1,9 +1,11 @@
 """The embedded models as they are shipped: their formats, and that the generator follows its condition."""
+import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'tiny')]
@@ -70,6 +72,41 @@ def test_views_follow_their_condition_and_wander_with_the_noise_level():
         if level == 0:
             assert (cosine.argmax(1) == torch.arange(24)).float().mean() > 4 / 24 - 1e-6
     assert similarity[0] > similarity[1] > similarity[2]
+
+
+def test_a_tenth_of_a_batch_has_no_condition_and_none_of_the_first():
+    data = dict(embeddings=torch.randn(8, 2, 192), latents=torch.randn(8, 2, 16, 8, 8), scaling_factor=0.5)
+    batch = torch.randint(8, (4000,), generator=torch.Generator().manual_seed(0))
+    for conditioned in (0, 2000):
+        mirrored, noisy, velocity, t, condition = train.noised_batch(
+            data, torch.zeros(192), torch.ones(192), batch, torch.Generator().manual_seed(1), conditioned)
+        without = (condition == 0).all(1)
+        assert 0.085 < without.float().mean() < 0.115 and not without[:conditioned].any()
+        # what the prediction implies for the clean latents, as refine() decodes it
+        kept = train.schedulers()[0].alphas_cumprod[t].view(-1, 1, 1, 1)
+        clean = kept.sqrt() * noisy - (1 - kept).sqrt() * velocity
+        torch.testing.assert_close(clean, data['latents'][batch, mirrored] * 0.5, rtol=1e-3, atol=1e-4)
+
+
+def test_refine_goes_on_from_the_exported_models(tmp_path, monkeypatch):
+    """Two steps on two images, with an untrained teacher: the exported UNet has changed a little and loads again."""
+    from argparse import Namespace
+
+    import timm
+    shutil.copytree(ROOT / 'tiny', tmp_path / 'tiny')
+    folder = tmp_path / 'data/train' / train.CLASSES[0] / 'images'
+    folder.mkdir(parents=True)
+    (tmp_path / 'data/wnids.txt').write_text(f'{train.CLASSES[0]}\n')
+    for i in range(2):
+        pixels = np.random.default_rng(i).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f'{i}.JPEG')
+    monkeypatch.setattr(train, 'HERE', tmp_path / 'tiny')
+    monkeypatch.setattr(train, 'teacher_model', lambda *_: timm.create_model('efficientnet_lite0').eval())
+    train.refine(Namespace(data=tmp_path / 'data', work=tmp_path, seed=0, steps=2, batch_size=None), torch.device('cpu'))
+    before, after = (UnCLIP({**SPEC, 'model': str(folder / 'unclip')}, torch.device('cpu')).pipeline.unet.state_dict()
+                     for folder in (ROOT / 'tiny', tmp_path / 'tiny'))
+    change = torch.stack([(after[k] - before[k]).abs().max() for k in before])
+    assert 0 < change.max() < 0.05 and (change > 0).float().mean() > 0.5
 
 
 def test_training_resumes_where_it_was_killed(tmp_path):

@@ -6,6 +6,7 @@
     python tiny/train.py text
     python tiny/train.py unet
     python tiny/train.py export
+    python tiny/train.py refine
     python tiny/train.py report
 
 Stages hand over through --work (default runs/tiny). The same command again goes on where a killed one stopped;
@@ -82,16 +83,20 @@ def teacher_maps(teacher, images, device, border):
         yield final.float(), middle.float()
 
 
-def prepare(args, device):
+def read(paths):
     from PIL import Image
+    pixels = [np.asarray(Image.open(p).convert('RGB').resize((32, 32), Image.Resampling.BOX)) for p in paths]
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
 
-    def read(paths):
-        pixels = [np.asarray(Image.open(p).convert('RGB').resize((32, 32), Image.Resampling.BOX)) for p in paths]
-        return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
 
+def training_images(root, wnid):
+    return sorted((root / 'train' / wnid / 'images').glob('*.JPEG'))
+
+
+def prepare(args, device):
     root = Path(args.data)
     wnids = (root / 'wnids.txt').read_text().split()
-    paths = [sorted((root / 'train' / wnid / 'images').glob('*.JPEG')) for wnid in wnids]
+    paths = [training_images(root, wnid) for wnid in wnids]
     images, labels = read(sum(paths, [])), torch.tensor([i for i, names in enumerate(paths) for _ in names])
     listed = [line.split('\t')[:2] for line in (root / 'val/val_annotations.txt').read_text().splitlines()]
     val, val_labels = read([root / 'val/images' / name for name, _ in listed]), torch.tensor(
@@ -308,22 +313,26 @@ def trained(args, name, model, prefix=''):
 
 
 @torch.no_grad()
+def encode(images, visual, vae, device):
+    """Embeddings and latents of images, as they are and mirrored: (M, 2, D) and (M, 2, 16, 8, 8)."""
+    embeddings, latents = [], []
+    for part in images.split(500):
+        x = torch.stack([part, part.flip(3)], 1).flatten(0, 1).to(device).float() / 255
+        embeddings.append(visual((x - MEAN.to(device)) / STD.to(device)).unflatten(0, (-1, 2)).cpu())
+        latents.append(vae.encode(x * 2 - 1).latents.unflatten(0, (-1, 2)).half().cpu())
+    return dict(embeddings=torch.cat(embeddings), latents=torch.cat(latents))
+
+
 def encoded(args, device):
-    """Embeddings and latents of the images of CLASSES, as they are and mirrored: (M, 2, D) and (M, 2, 16, 8, 8)."""
+    """What the diffusion model learns from, computed once."""
     path = args.work / 'encoded.pt'
     if not path.exists():
         data = load(args.work / 'data.pt')
         images = data['images'][torch.tensor([wnid in CLASSES for wnid in data['wnids']])[data['labels']]]
-        visual = trained(args, 'encoder', clip_model().visual, 'visual.').to(device)
-        vae = trained(args, 'autoencoder', autoencoder_model()).to(device)
-        embeddings, latents = [], []
-        for part in images.split(500):
-            x = torch.stack([part, part.flip(3)], 1).flatten(0, 1).to(device).float() / 255
-            embeddings.append(visual((x - MEAN.to(device)) / STD.to(device)).unflatten(0, (-1, 2)).cpu())
-            latents.append(vae.encode(x * 2 - 1).latents.unflatten(0, (-1, 2)).half().cpu())
-        latents = torch.cat(latents)
+        found = encode(images, trained(args, 'encoder', clip_model().visual, 'visual.').to(device),
+                       trained(args, 'autoencoder', autoencoder_model()).to(device), device)
         # half of unit deviation: what an image shows is decided by many denoising steps, not by the first three
-        save(path, dict(embeddings=torch.cat(embeddings), latents=latents, scaling_factor=0.5 / latents.float().std()))
+        save(path, dict(found, scaling_factor=0.5 / found['latents'].float().std()))
     return load(path)
 
 
@@ -405,39 +414,56 @@ def normalizer_of(data):
     return data['embeddings'].mean((0, 1)), data['embeddings'].std((0, 1))
 
 
-def unet(args, device):
+def noised_batch(data, mean, std, indices, generator, conditioned=0):
+    """-> mirrored (B,), noisy latents and the velocity to predict (B, 16, 8, 8), t (B,), condition (B, 2 D).
+
+    A tenth of the batch has no condition, for the unconditional half of classifier-free guidance; none of them are among
+    the first `conditioned`."""
     from diffusers.models.embeddings import get_timestep_embedding
-    data = encoded(args, device)
-    embeddings, latents = data['embeddings'], data['latents']
-    mean, std = normalizer_of(data)
+    noising, embedding_noising = schedulers()
+    b = len(indices)
+    uniform = torch.rand(b, 5, generator=generator)
+    mirrored = (uniform[:, 0] < 0.5).long()
+    x = data['latents'][indices, mirrored].float() * data['scaling_factor']
+    # levels 0-400 are what GenView asks for, and clean conditions teach the most; the full range now and then
+    level = torch.where(uniform[:, 2] < 0.8, 500 * uniform[:, 1].square(), 1000 * uniform[:, 1]).long()
+    scaled = (data['embeddings'][indices, mirrored] - mean) / std
+    noised = embedding_noising.add_noise(scaled, torch.randn(scaled.shape, generator=generator), level)
+    condition = torch.cat([noised * std + mean, get_timestep_embedding(
+        level, scaled.shape[1], flip_sin_to_cos=True, downscale_freq_shift=0)], 1)
+    dropped = uniform[:, 3] < 0.1 * b / (b - conditioned)
+    dropped[:conditioned] = False
+    condition[dropped] = 0
+    t = (uniform[:, 4] * 1000).long()
+    noise = torch.randn(x.shape, generator=generator)
+    return mirrored, noising.add_noise(x, noise, t), noising.get_velocity(x, noise, t), t, condition
+
+
+def predictor(model, device):
+    """(noisy, t, condition) -> the velocity that the model predicts, float32."""
     tokenizer, text_encoder = text_models()
     with torch.no_grad():
         text = text_encoder(tokenizer('', padding='max_length', return_tensors='pt').input_ids)[0].to(device)
+
+    def predict(noisy, t, condition):
+        with autocast(device):
+            return model(noisy.to(device), t.to(device), text.expand(len(t), -1, -1),
+                         class_labels=condition.to(device)).sample.float()
+    return predict
+
+
+def unet(args, device):
+    data = encoded(args, device)
+    mean, std = normalizer_of(data)
     torch.manual_seed(args.seed)
     model = unet_model().to(device)
-    noising, embedding_noising = schedulers()
+    predict = predictor(model, device)
 
     def loss_of(indices, generator, progress):
-        b = len(indices)
-        uniform = torch.rand(b, 5, generator=generator)
-        mirrored = (uniform[:, 0] < 0.5).long()
-        x = latents[indices, mirrored].float() * data['scaling_factor']
-        # levels 0-400 are what GenView asks for, and clean conditions teach the most; the full range now and then
-        level = torch.where(uniform[:, 2] < 0.8, 500 * uniform[:, 1].square(), 1000 * uniform[:, 1]).long()
-        scaled = (embeddings[indices, mirrored] - mean) / std
-        noised = embedding_noising.add_noise(scaled, torch.randn(scaled.shape, generator=generator), level)
-        condition = torch.cat([noised * std + mean, get_timestep_embedding(
-            level, scaled.shape[1], flip_sin_to_cos=True, downscale_freq_shift=0)], 1)
-        condition[uniform[:, 3] < 0.1] = 0  # the unconditional half of classifier-free guidance
-        t = (uniform[:, 4] * 1000).long()
-        noise = torch.randn(x.shape, generator=generator)
-        noisy, velocity = noising.add_noise(x, noise, t), noising.get_velocity(x, noise, t)
-        with autocast(device):
-            predicted = model(noisy.to(device), t.to(device), text.expand(b, -1, -1),
-                              class_labels=condition.to(device)).sample
-        return F.mse_loss(predicted.float(), velocity.to(device))
+        _, noisy, velocity, t, condition = noised_batch(data, mean, std, indices, generator)
+        return F.mse_loss(predict(noisy, t, condition), velocity.to(device))
 
-    train('unet', args, model, loss_of, 8e-4, args.steps or 20000, 64, len(latents), device, ema_decay=0.999)
+    train('unet', args, model, loss_of, 8e-4, args.steps or 20000, 64, len(data['latents']), device, ema_decay=0.999)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -467,6 +493,63 @@ def export(args, device):
     pipeline.to(torch.float16).save_pretrained(HERE / 'unclip')
     size = sum(f.stat().st_size for f in HERE.rglob('*.safetensors'))
     print(f'{HERE}: {size / 1e6:.1f} MB of weights')
+
+
+# ---------------------------------------------------------------------------------------------------
+# refine: the exported diffusion model learns to draw what the teacher recognises
+
+def refine(args, device):
+    """Goes on from the exported models with a perceptual loss beside the diffusion loss, and exports the UNet again.
+
+    Of half a batch the clean latents that the prediction implies are decoded, and the teacher compares the picture with
+    the original: its maps at strides 2 to 32, channels of unit length at each place (LPIPS, arXiv 1801.03924, without
+    learned weights), and the cosine of its standardised pooled features. Such a loss of the denoised picture (arXiv
+    2401.00110 takes the diffusion model itself for the teacher) puts the few steps that two cores can afford where
+    subjects are decided."""
+    import open_clip
+    from diffusers import AutoencoderTiny, UNet2DConditionModel
+    from safetensors.torch import load_file, save_file
+    root, half, path = Path(args.data), 32, args.work / 'refine.pt'
+    images = read(sum((training_images(root, wnid) for wnid in (root / 'wnids.txt').read_text().split()
+                       if wnid in CLASSES), []))
+    vae = AutoencoderTiny.from_pretrained(HERE / 'unclip/vae').to(device).eval().requires_grad_(False)
+    if not path.exists():
+        visual = open_clip.create_model(f'local-dir:{HERE / "clip"}').visual.to(device).eval()
+        save(path, encode(images, visual, vae, device))
+    data = dict(load(path), scaling_factor=vae.config.scaling_factor)
+    normalizer = load_file(HERE / 'unclip/image_normalizer/diffusion_pytorch_model.safetensors')
+    mean, std = normalizer['mean'][0].float(), normalizer['std'][0].float()
+    model = UNet2DConditionModel.from_pretrained(HERE / 'unclip/unet', torch_dtype=torch.float32).to(device)
+    predict, teacher, kept = predictor(model, device), teacher_model(args, device), schedulers()[0].alphas_cumprod
+
+    def look(x):
+        """(B, 3, 32, 32) in 0..1 -> the teacher's maps and its pooled features (B, 1280)."""
+        x = F.interpolate((x * 255 - 127) / 128, size=(96, 96), mode='bicubic', align_corners=False)
+        final, maps = teacher.forward_intermediates(x.contiguous(memory_format=torch.channels_last))
+        return [m / (m.norm(dim=1, keepdim=True) + 1e-4) for m in maps], final.mean((2, 3))
+
+    with torch.no_grad():
+        some = torch.randint(len(images), (1024,), generator=torch.Generator().manual_seed(1))
+        pooled = torch.cat([look(images[part].to(device).float() / 255)[1] for part in some.split(64)])
+        centre, spread = pooled.mean(0), pooled.std(0).clamp_min(1e-3)
+
+    def loss_of(indices, generator, progress):
+        mirrored, noisy, velocity, t, condition = noised_batch(data, mean, std, indices, generator, half)
+        predicted = predict(noisy, t, condition)
+        share = kept[t[:half]].view(-1, 1, 1, 1).to(device)
+        clean = share.sqrt() * noisy[:half].to(device) - (1 - share).sqrt() * predicted[:half]
+        drawn = look(vae.decode(clean / data['scaling_factor']).sample / 2 + 0.5)
+        with torch.no_grad():
+            original = images[indices[:half]]
+            original = torch.where(mirrored[:half, None, None, None] > 0, original.flip(3), original)
+            meant = look(original.to(device).float() / 255)
+        maps = sum((a - b).square().sum(1).mean() for a, b in zip(drawn[0], meant[0]))
+        pooled = 1 - F.cosine_similarity(*((p - centre) / spread for p in (drawn[1], meant[1]))).mean()
+        return F.mse_loss(predicted, velocity.to(device)) + 0.04 * maps + 0.08 * pooled
+
+    train('refine', args, model, loss_of, 4e-4, args.steps or 8000, 64, len(images), device, ema_decay=0.998)
+    save_file({k: v.half().cpu().contiguous() for k, v in model.state_dict().items()},
+              HERE / 'unclip/unet/diffusion_pytorch_model.safetensors')
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -598,7 +681,8 @@ def picture(pixels, path):
 
 
 if __name__ == '__main__':
-    stages = dict(prepare=prepare, autoencoder=autoencoder, encoder=encoder, text=text, unet=unet, export=export, report=report)
+    stages = dict(prepare=prepare, autoencoder=autoencoder, encoder=encoder, text=text, unet=unet, export=export,
+                  refine=refine, report=report)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('stage', choices=stages)
     parser.add_argument('--data', default='tiny-imagenet-200', help='folder with train/')
