@@ -69,13 +69,11 @@ def test_stage_1_benchmark(tmp_path):
     assert 0 <= result['data_wait'] <= 1
 
 
-def test_table_of_the_effect(tmp_path, monkeypatch, capsys):
+def test_table_of_the_effect(capsys):
     """Mean, deviation, difference to the baseline and its 95 % interval: 2.776 standard errors for two groups of three."""
-    monkeypatch.setattr(effect, 'RESULTS', tmp_path / 'results.json')
     values = {'baseline': [40., 41., 42.], 'adaptive': [43., 44., 48.], 'random': [50.]}
-    effect.RESULTS.write_text(json.dumps([dict(row=row, seed=seed, knn=v, linear=2 * v, seconds=60)
-                                          for row, column in values.items() for seed, v in enumerate(column)]))
-    effect.table()
+    effect.table([dict(row=row, seed=seed, knn=v, linear=2 * v, seconds=60)
+                  for row, column in values.items() for seed, v in enumerate(column)])
     lines = [line.split(' | ') for line in capsys.readouterr().out.splitlines() if line.startswith('| ')][1:]
     assert [line[0][2:] for line in lines] == [effect.TITLES[row] for row in ('baseline', 'random', 'adaptive')]
     assert lines[0][1:] == ['3', '41.00 ± 1.00', '', '82.00 ± 2.00', '', '1.0 |']

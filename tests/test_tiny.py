@@ -12,7 +12,9 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'tiny')]
 import train  # noqa: E402
+from fg_proportion import first_component  # noqa: E402
 from generators import UnCLIP  # noqa: E402
+from loss import pair_quality  # noqa: E402
 from models import FrozenClip  # noqa: E402
 
 SPEC = {'model': str(ROOT / 'tiny/unclip'), 'fallbacks': [], 'steps': 20, 'guidance_scale': 3.0, 'precision': 'fp32'}
@@ -26,6 +28,23 @@ def test_size_and_formats():
     assert (clip.image_size, clip.token_dim, clip.embedding_dim) == (32, 192, train.SEMANTIC + train.APPEARANCE)
     generator = UnCLIP(SPEC, torch.device('cpu'))
     assert generator.embedding_dim == clip.embedding_dim and generator.latent_shape == (16, 8, 8)
+
+
+def test_quality_encoder_prefers_a_view_of_the_same_image():
+    """The pair quality (eq. 12) of the images of tiny/views.png with their own views and with those of another image."""
+    clip = FrozenClip({'model': str(ROOT / 'tiny/quality')})
+    assert (clip.image_size, clip.token_dim) == (32, 64)
+    pixels = torch.from_numpy(np.asarray(Image.open(ROOT / 'tiny/views.png').convert('RGB'))[::2, ::2].copy())
+    rows = pixels.permute(2, 0, 1).unfold(1, 32, 32).unfold(2, 32, 32).permute(1, 2, 0, 3, 4) / 255  # (7, 20, 3, 32, 32)
+    tokens = clip.tokens((rows.flatten(0, 1) - train.MEAN) / train.STD).unflatten(0, (7, 20))
+    flat = tokens[0].permute(0, 2, 3, 1).flatten(0, 2).double()
+    pc, mean, covariance = first_component(len(flat), flat.sum(0).numpy(), (flat.T @ flat).numpy())
+    pc *= -np.sign(pc[0])  # the first channel is high on surroundings
+    assert abs(pc[0]) > 0.9 and pc @ covariance @ pc / np.trace(covariance) > 0.25
+    images, views, pc = tokens[:1].expand(5, -1, -1, -1, -1).flatten(0, 1), tokens[2:], torch.from_numpy(pc).float()
+    own = pair_quality(images, views.flatten(0, 1), pc)
+    others = torch.stack([pair_quality(images, views.roll(shift, 1).flatten(0, 1), pc) for shift in range(1, 20)])
+    assert (own > others).float().mean() > 0.6
 
 
 def test_text_tower_tells_names_apart():

@@ -24,7 +24,7 @@ from common import load_config  # noqa: E402
 STAGES = {module.__name__: module for module in (fg_proportion, gen_views, pretrain, linear_eval, semi_eval, detect_eval,
                                                  view_eval)}
 FILES = sorted((path.parent.name, path.stem) for path in (ROOT / 'yamls').glob('*/*.yaml'))
-NO_ROW = {'demo', 'demo_test', 'effect', 'folder', 'folder_test', 'sanity'}  # not of a paper
+NO_ROW = {'demo', 'demo_quality', 'demo_test', 'effect', 'effect_quality', 'folder', 'folder_test', 'sanity'}  # not of a paper
 PRETRAIN = [name for stage, name in FILES if stage == 'pretrain']
 
 
@@ -286,7 +286,8 @@ def test_views_are_made_as_appendix_a_says(stage, name):
         assert settings['proportions'] != name.endswith('_quality')
         clip = ('convnext_base_w', 'laion2b_s13b_b82k_augreg', 224) if name.endswith('_quality') else \
             ('ViT-H-14', 'laion2b_s32b_b79k', None)
-        assert tuple(settings['clip'].values()) == (clip if paper else ('tiny/clip', None, None))
+        small = 'tiny/quality' if name.endswith('_quality') else 'tiny/clip'
+        assert tuple(settings['clip'].values()) == (clip if paper else (small, None, None))
     if stage == 'gen_views' and settings['proportions']:
         strategy, level = re.search(r'_(adaptive|random|constant|150k|300k)(\d*)$', name).groups()
         assert settings['strategy'] == strategy.replace('150k', 'constant').replace('300k', 'constant')

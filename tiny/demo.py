@@ -18,6 +18,7 @@ RUN = Path('runs/demo')
 PRETRAIN, EVALUATE = ('pretrain.py', 'yamls/pretrain/demo.yaml'), ('linear_eval.py', 'yamls/linear_eval/demo.yaml')
 STAGES = [
     ('foreground proportions', 'fg_proportion.py', 'yamls/fg_proportion/demo.yaml'),
+    ('quality component', 'fg_proportion.py', 'yamls/fg_proportion/demo_quality.yaml'),
     ('synthetic views', 'gen_views.py', 'yamls/gen_views/demo.yaml'),
     ('test set', 'gen_views.py', 'yamls/gen_views/demo_test.yaml'),
     ('baseline', *PRETRAIN, 'data.alpha=0', 'quality.enabled=false', f'output={RUN}/baseline'),

