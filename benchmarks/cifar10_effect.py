@@ -3,20 +3,20 @@
     python benchmarks/cifar10_effect.py                                  # all rows, seeds 0, 1, 2
     python benchmarks/cifar10_effect.py rows=baseline,adaptive seeds=0   # a part of it
     python benchmarks/cifar10_effect.py rows= judge=resnet56-4bfd9763.th # the table again, and the test of the quality
-    python benchmarks/cifar10_effect.py setting=few                      # few images, several views of each, long
+    python benchmarks/cifar10_effect.py setting=effect_few               # few images, several views of each, long
 
 Six rows, the same YAML apart from the keys under test (ROWS), one network initialisation and data order per seed. Runs
 the stage scripts one after the other as a user would; what is finished is not done again, so that a killed run goes on.
 Numbers go to results/cifar10_effect.json, one object per row and seed; the table at the end is made from that file.
-setting=few: of 1,000 images five views each, one of which takes the place of a crop in every other pair, 300 epochs;
+setting=effect_few: of 1,000 images five views each, one of which takes the place of a crop in every other pair, 300 epochs;
 results/cifar10_effect_few.json. The labels that the probe learns from are those of the same 5,000 images.
 
 judge: a CIFAR-10 classifier that had no part in any of this (a ResNet-56 of github.com/akamaster/pytorch_resnet_cifar10).
 With it the last lines tell how often views keep the class of their source, and whether the quality of a pair (eq. 12)
 is higher where they do: the area under the curve, 0.5 for no relation.
 
-Two processes may share the work, other rows or other seeds each, once the views are there. A change of the YAML or of
-the models calls for another results file and another run folder.
+Two processes may share the work, other rows or other seeds each, once the views are there. After a change of the YAML
+or of the models delete the run folder, runs/effect or runs/effect_few.
 """
 import fcntl
 import json
@@ -34,10 +34,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'tiny')]
 from common import save_json  # noqa: E402
 from data import PairLoader  # noqa: E402
-from loss import pair_quality  # noqa: E402
-from models import FrozenClip, normalize  # noqa: E402
+from models import Quality  # noqa: E402
 
-SETTINGS = {  # name of the run folder and of the results: keys of stages 1 and 2, of stage 2, of stage 3
+SETTINGS = {  # name, also of run folder and results: keys of stages 1 and 2, of stage 2, of stage 3
     'effect': ([], [], []),
     'effect_few': (['dataset.subset=1000'], ['views_per_image=5'],
                    ['epochs=300', 'log_every=780', 'moco.queue=640', 'data.alpha=0.5']),
@@ -98,7 +97,8 @@ def table(done):
                     found = ttest_ind(values, base).confidence_interval()
                     difference += f' ({found.low:+.2f} to {found.high:+.2f})'
             cells += [mean, difference]
-        print('| ' + ' | '.join([*cells, f"{np.mean([r['seconds'] for r in runs]) / 60:.1f}"]) + ' |')
+        seconds = [r['seconds'] for r in runs if r['seconds']]
+        print('| ' + ' | '.join([*cells, f'{np.mean(seconds) / 60:.1f}' if seconds else '']) + ' |')
 
 
 def area_under_curve(scores, positive):
@@ -109,10 +109,9 @@ def area_under_curve(scores, positive):
 @torch.no_grad()
 def judged(path, run):
     from report import published_judge
-    device = torch.device('cpu')
-    judge, clip = published_judge(path, device), FrozenClip({'model': str(ROOT / 'tiny/quality')})
-    pc = torch.from_numpy(np.load(run / 'quality/fg_proportion.npz')['pc']).float()
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (clip.mean, clip.std))
+    judge = published_judge(path, torch.device('cpu'))
+    quality_of = Quality({'clip': {'model': str(ROOT / 'tiny/quality')}, 'pc': run / 'quality/fg_proportion.npz',
+                          'temperature': 1.0}, 'cpu')
     plain = dict(size=32, crop_scale=None, resize=32)
     for strategy in ('constant', 'random', 'adaptive'):
         beton = run / strategy / 'pairs.beton'
@@ -122,10 +121,8 @@ def judged(path, run):
                             drop_last=False)
         kept, quality, levels = [], [], []
         for batch in loader.epoch(0):
-            image, view = batch['views']
-            tokens = clip.tokens(normalize(torch.cat([image, view]), mean, std)).chunk(2)
-            quality.append(pair_quality(*tokens, pc))
-            kept.append(judge(view / 255)[0].argmax(1) == batch['label'])
+            quality.append(quality_of(*batch['views'])[1])
+            kept.append(judge(batch['views'][1] / 255)[0].argmax(1) == batch['label'])
             levels.append(batch['noise_level'])
         kept, quality, levels = (torch.cat(parts).numpy() for parts in (kept, quality, levels))
         print(f'{strategy}: {kept.mean():.3f} of {len(kept)} views keep the class of their source ('
@@ -135,7 +132,7 @@ def judged(path, run):
 
 
 def main():
-    options = dict(rows=','.join(ROWS), seeds='0,1,2', judge='', setting='')
+    options = dict(rows=','.join(ROWS), seeds='0,1,2', judge='', setting='effect')
     for argument in sys.argv[1:]:
         key, _, value = argument.partition('=')
         if key not in options:
@@ -144,9 +141,8 @@ def main():
     rows = [row for row in options['rows'].split(',') if row]
     if unknown := set(rows) - set(ROWS):
         sys.exit(f'no row {", ".join(unknown)}; there are {", ".join(ROWS)}')
-    if options['setting'] not in ('', 'few'):
-        sys.exit(f"no setting {options['setting']!r}; there is few")
-    name = f"effect_{options['setting']}".rstrip('_')
+    if (name := options['setting']) not in SETTINGS:
+        sys.exit(f'no setting {name!r}; there are {", ".join(SETTINGS)}')
     run, path, (subset, several, longer) = Path('runs') / name, ROOT / f'results/cifar10_{name}.json', SETTINGS[name]
     if rows:
         stage('fg_proportion.py', 'yamls/fg_proportion/effect.yaml', *subset, f'output={run}/fg')
@@ -158,10 +154,10 @@ def main():
                   f'strategy={strategy}', f'output={run}/{strategy}')
     for seed in map(int, options['seeds'].split(',')):  # seed by seed: a part of the table is a table
         for row in rows:
-            if any((r['row'], r['seed']) == (row, seed) for r in results(path)):
+            folder, (views, keys) = run / f'{row}_{seed}', ROWS[row]
+            if (ROOT / folder / 'linear_eval/results.json').exists():
                 continue
-            views, keys = ROWS[row]
-            folder = run / f'{row}_{seed}'
+            undisturbed = not (ROOT / folder).exists()
             seconds = stage('pretrain.py', 'yamls/pretrain/effect.yaml', f'data.beton={run}/{views}/pairs.beton',
                             f'quality.pc={run}/quality/fg_proportion.npz', *longer, *keys, f'seed={seed}',
                             f'output={folder}')
@@ -173,7 +169,7 @@ def main():
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 save_json(path, [*(r for r in results(path) if (r['row'], r['seed']) != (row, seed)), dict(
                     row=row, seed=seed, knn=measured['knn']['top1'], linear=measured['linear']['top1'],
-                    seconds=round(seconds), hardware=device_name())])
+                    seconds=round(seconds) if undisturbed else None, hardware=device_name())])
     table(results(path))
     if options['judge']:
         judged(options['judge'], ROOT / run)

@@ -3,8 +3,8 @@
     python benchmarks/methods.py                             # all methods, without and with GenView, seed 0
     python benchmarks/methods.py methods=byol,swav views=baseline seed=1     # a part of it
 
-2,500 images, ResNet-18 of width 32, 20 epochs, SGD, one learning rate for all that are not named in METHODS: far too
-little to tell which method is best, and none is tuned. What is finished is not done again. Numbers go to
+2,500 images, ResNet-18 of width 32, 20 epochs in batches of 256, SGD, one learning rate for all that are not named in
+METHODS: far too little to tell which method is best, and none is tuned. What is finished is not done again. Numbers go to
 results/cifar10_methods.json; the table is made from that file.
 """
 import json
@@ -28,6 +28,7 @@ METHODS = {  # heads in proportion to the narrow backbone's 256 features
     'simclr': ['simclr.temperature=0.2'],
     'vicreg': ['vicreg.dim=1024', 'vicreg.hidden=1024', 'optimizer.lr=0.05'],
 }
+BATCH = ['batch_size=256', 'optimizer.lr=0.25', 'optimizer.warmup_epochs=2', 'moco.bn_splits=8', 'log_every=18']
 VIEWS = {'baseline': ['data.alpha=0', 'quality.enabled=false'], 'genview': []}
 
 
@@ -50,18 +51,20 @@ def main():
     if unknown := {*methods, *views} - {*METHODS, *VIEWS}:
         sys.exit(f'no {", ".join(unknown)}; there are {", ".join([*METHODS, *VIEWS])}')
     done = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    for script, yaml in (('fg_proportion', 'demo'), ('gen_views', 'demo'), ('gen_views', 'demo_test')):
+    for script, yaml in (('fg_proportion', 'demo'), ('fg_proportion', 'demo_quality'), ('gen_views', 'demo'),
+                         ('gen_views', 'demo_test')):
         stage(f'{script}.py', f'yamls/{script}/{yaml}.yaml')
     for method in methods:
         for name in views:
-            if any((r['method'], r['views'], r['seed']) == (method, name, seed) for r in done):
-                continue
             folder = RUN / f'{method}_{name}_{seed}'
-            seconds = stage('pretrain.py', 'yamls/pretrain/demo.yaml', f'method={method}', *METHODS[method],
+            if (ROOT / folder / 'linear_eval/results.json').exists():
+                continue
+            seconds = stage('pretrain.py', 'yamls/pretrain/demo.yaml', f'method={method}', *BATCH, *METHODS[method],
                             *VIEWS[name], f'seed={seed}', f'output={folder}')
             stage('linear_eval.py', 'yamls/linear_eval/demo.yaml', f'checkpoint={folder}/backbone.pt',
                   f'output={folder}/linear_eval')
             measured = json.loads((ROOT / folder / 'linear_eval/results.json').read_text())
+            done = [r for r in done if (r['method'], r['views'], r['seed']) != (method, name, seed)]
             done.append(dict(method=method, views=name, seed=seed, knn=measured['knn']['top1'],
                              linear=measured['linear']['top1'], seconds=seconds))
             RESULTS.parent.mkdir(exist_ok=True)

@@ -143,6 +143,37 @@ def test_refine_goes_on_from_the_exported_models(tmp_path, monkeypatch):
     assert weights.read_bytes() == written
 
 
+def test_quality_trains_and_writes_its_encoder(tmp_path, monkeypatch):
+    """Two steps on six images: what is written loads again, has moved, and keeps its embedding when its first token
+    channel is made larger; once more writes the same."""
+    monkeypatch.setattr(torch, 'compile', lambda function, **_: function)
+    monkeypatch.setattr(train, 'HERE', tmp_path / 'tiny')
+    shutil.copytree(ROOT / 'tiny/quality', tmp_path / 'tiny/quality')
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (6, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    train.save(tmp_path / 'data.pt', dict(
+        images=images, labels=torch.arange(6) % 2, wnids=['a', 'b'], some=torch.tensor([1, 3, 4]), weight=torch.ones(112),
+        semantic=torch.randn(6, 112, generator=generator), subjects=torch.randn(3, 64, generator=generator)))
+    learned = []
+    monkeypatch.setattr(train, 'learn', lambda *args, learn=train.learn: learned.append(args) or learn(*args))
+    args = Namespace(work=tmp_path, seed=0, steps=2, batch_size=4)
+    train.quality(args, torch.device('cpu'))
+    tokens, subjects = learned[0][8:10]
+    p, semantic = learned[0][3]['subjects'].sigmoid(), learned[0][3]['semantic']
+    assert tokens.shape == (3, 64, 64) and torch.allclose(tokens[..., 0].float(), 4 * subjects, atol=1e-2)
+    torch.testing.assert_close(tokens[1, 5, 1:].float(), p[1, 5] * semantic[3, :63], atol=1e-2, rtol=1e-2)
+    clip = FrozenClip({'model': str(tmp_path / 'tiny/quality')})
+    written, (features, embedding) = clip.fingerprint(), clip.forward((images.float() / 255 - train.MEAN) / train.STD)
+    assert written != FrozenClip({'model': str(ROOT / 'tiny/quality')}).fingerprint()
+    visual = train.trained(args, 'quality', train.clip_model('quality').visual, 'visual.')
+    with torch.no_grad():
+        out = train.tokens_of(visual, (images.float() / 255 - train.MEAN) / train.STD)
+    torch.testing.assert_close(embedding, out[:, 0] @ visual.proj, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(features[:, :2].flatten(2).mT, out[:, 1:, :2] * torch.tensor([1.5, 1]), rtol=1e-2, atol=1e-2)
+    train.quality(args, torch.device('cpu'))
+    assert FrozenClip({'model': str(tmp_path / 'tiny/quality')}).fingerprint() == written
+
+
 def test_training_resumes_where_it_was_killed(tmp_path):
     """tiny/train.py: the loop's result does not depend on where it was stopped."""
 

