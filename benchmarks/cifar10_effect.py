@@ -3,20 +3,17 @@
     python benchmarks/cifar10_effect.py                                  # all rows, seeds 0, 1, 2
     python benchmarks/cifar10_effect.py rows=baseline,adaptive seeds=0   # a part of it
     python benchmarks/cifar10_effect.py rows= judge=resnet56-4bfd9763.th # the table again, and the test of the quality
-    python benchmarks/cifar10_effect.py setting=effect_few               # few images, several views of each, long
 
 Six rows, the same YAML apart from the keys under test (ROWS), one network initialisation and data order per seed. Runs
 the stage scripts one after the other as a user would; what is finished is not done again, so that a killed run goes on.
 Numbers go to results/cifar10_effect.json, one object per row and seed; the table at the end is made from that file.
-setting=effect_few: of 1,000 images five views each, one of which takes the place of a crop in every other pair, 300 epochs;
-results/cifar10_effect_few.json. The labels that the probe learns from are those of the same 5,000 images.
 
 judge: a CIFAR-10 classifier that had no part in any of this (a ResNet-56 of github.com/akamaster/pytorch_resnet_cifar10).
 With it the last lines tell how often views keep the class of their source, and whether the quality of a pair (eq. 12)
 is higher where they do: the area under the curve, 0.5 for no relation.
 
 Two processes may share the work, other rows or other seeds each, once the views are there. After a change of the YAML
-or of the models delete the run folder, runs/effect or runs/effect_few.
+or of the models delete runs/effect.
 """
 import fcntl
 import json
@@ -36,11 +33,7 @@ from common import save_json  # noqa: E402
 from data import PairLoader  # noqa: E402
 from models import Quality  # noqa: E402
 
-SETTINGS = {  # name, also of run folder and results: keys of stages 1 and 2, of stage 2, of stage 3
-    'effect': ([], [], []),
-    'effect_few': (['dataset.subset=1000'], ['views_per_image=5'],
-                   ['epochs=300', 'log_every=780', 'moco.queue=640', 'data.alpha=0.5']),
-}
+RUN, RESULTS = Path('runs/effect'), ROOT / 'results/cifar10_effect.json'
 PLAIN, WEIGHTED = ['quality.enabled=false'], ['quality.enabled=true']
 ROWS = {  # row: (views, keys of yamls/pretrain/effect.yaml)
     'baseline': ('adaptive', ['data.alpha=0', *PLAIN]),
@@ -71,8 +64,8 @@ def device_name():
     return f'{model[0]}, {torch.get_num_threads()} threads'
 
 
-def results(path):
-    return json.loads(path.read_text()) if path.exists() else []
+def results():
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else []
 
 
 def table(done):
@@ -107,14 +100,14 @@ def area_under_curve(scores, positive):
 
 
 @torch.no_grad()
-def judged(path, run):
+def judged(path):
     from report import published_judge
     judge = published_judge(path, torch.device('cpu'))
-    quality_of = Quality({'clip': {'model': str(ROOT / 'tiny/quality')}, 'pc': run / 'quality/fg_proportion.npz',
+    quality_of = Quality({'clip': {'model': str(ROOT / 'tiny/quality')}, 'pc': ROOT / RUN / 'quality/fg_proportion.npz',
                           'temperature': 1.0}, 'cpu')
     plain = dict(size=32, crop_scale=None, resize=32)
     for strategy in ('constant', 'random', 'adaptive'):
-        beton = run / strategy / 'pairs.beton'
+        beton = ROOT / RUN / strategy / 'pairs.beton'
         if not beton.exists():
             continue
         loader = PairLoader(beton, [plain, plain], 1.0, 'second', batch_size=250, seed=0, num_workers=2, shuffle=False,
@@ -132,7 +125,7 @@ def judged(path, run):
 
 
 def main():
-    options = dict(rows=','.join(ROWS), seeds='0,1,2', judge='', setting='effect')
+    options = dict(rows=','.join(ROWS), seeds='0,1,2', judge='')
     for argument in sys.argv[1:]:
         key, _, value = argument.partition('=')
         if key not in options:
@@ -141,38 +134,32 @@ def main():
     rows = [row for row in options['rows'].split(',') if row]
     if unknown := set(rows) - set(ROWS):
         sys.exit(f'no row {", ".join(unknown)}; there are {", ".join(ROWS)}')
-    if (name := options['setting']) not in SETTINGS:
-        sys.exit(f'no setting {name!r}; there are {", ".join(SETTINGS)}')
-    run, path, (subset, several, longer) = Path('runs') / name, ROOT / f'results/cifar10_{name}.json', SETTINGS[name]
     if rows:
-        stage('fg_proportion.py', 'yamls/fg_proportion/effect.yaml', *subset, f'output={run}/fg')
-        stage('fg_proportion.py', 'yamls/fg_proportion/effect_quality.yaml', *subset, f'output={run}/quality')
+        stage('fg_proportion.py', 'yamls/fg_proportion/effect.yaml')
+        stage('fg_proportion.py', 'yamls/fg_proportion/effect_quality.yaml')
         stage('gen_views.py', 'yamls/gen_views/cifar10_test.yaml')
-        stage('gen_views.py', 'yamls/gen_views/effect.yaml', 'strategy=none', f'output={run}/labelled')
         for strategy in sorted({ROWS[row][0] for row in rows}):
-            stage('gen_views.py', 'yamls/gen_views/effect.yaml', *subset, *several, f'proportions={run}/fg',
-                  f'strategy={strategy}', f'output={run}/{strategy}')
+            stage('gen_views.py', 'yamls/gen_views/effect.yaml', f'strategy={strategy}', f'output={RUN}/{strategy}')
     for seed in map(int, options['seeds'].split(',')):  # seed by seed: a part of the table is a table
         for row in rows:
-            folder, (views, keys) = run / f'{row}_{seed}', ROWS[row]
+            folder, (views, keys) = RUN / f'{row}_{seed}', ROWS[row]
             if (ROOT / folder / 'linear_eval/results.json').exists():
                 continue
             undisturbed = not (ROOT / folder).exists()
-            seconds = stage('pretrain.py', 'yamls/pretrain/effect.yaml', f'data.beton={run}/{views}/pairs.beton',
-                            f'quality.pc={run}/quality/fg_proportion.npz', *longer, *keys, f'seed={seed}',
-                            f'output={folder}')
+            seconds = stage('pretrain.py', 'yamls/pretrain/effect.yaml', f'data.beton={RUN}/{views}/pairs.beton', *keys,
+                            f'seed={seed}', f'output={folder}')
             stage('linear_eval.py', 'yamls/linear_eval/effect.yaml', f'checkpoint={folder}/backbone.pt',
-                  f'train_beton={run}/labelled/pairs.beton', f'output={folder}/linear_eval')
+                  f'train_beton={RUN}/{views}/pairs.beton', f'output={folder}/linear_eval')
             measured = json.loads((ROOT / folder / 'linear_eval/results.json').read_text())
-            path.parent.mkdir(exist_ok=True)
-            with open(ROOT / run / 'lock', 'w') as lock:
+            RESULTS.parent.mkdir(exist_ok=True)
+            with open(ROOT / RUN / 'lock', 'w') as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                save_json(path, [*(r for r in results(path) if (r['row'], r['seed']) != (row, seed)), dict(
+                save_json(RESULTS, [*(r for r in results() if (r['row'], r['seed']) != (row, seed)), dict(
                     row=row, seed=seed, knn=measured['knn']['top1'], linear=measured['linear']['top1'],
                     seconds=round(seconds) if undisturbed else None, hardware=device_name())])
-    table(results(path))
+    table(results())
     if options['judge']:
-        judged(options['judge'], ROOT / run)
+        judged(options['judge'])
 
 
 if __name__ == '__main__':
