@@ -1,4 +1,5 @@
 """The benchmarks' own arithmetic, and that those of the stages run to their last line."""
+import importlib
 import importlib.util
 import json
 import subprocess
@@ -12,6 +13,8 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import pretrain  # noqa: E402
+from common import load_config, save_json  # noqa: E402
 
 
 def load(name):
@@ -21,7 +24,7 @@ def load(name):
     return module
 
 
-benchmark, effect = load('gen_views'), load('cifar10_effect')
+benchmark, effect, methods = load('gen_views'), load('cifar10_effect'), load('methods')
 
 
 def test_architecture_is_that_of_stable_unclip():
@@ -87,3 +90,36 @@ def test_area_under_curve():
     scores, positive = np.array([1., 2., 2., 3.]), np.array([False, True, False, True])
     # pairs of a positive and a negative: 2 > 1, 2 = 2, 3 > 1, 3 > 2
     assert effect.area_under_curve(scores, positive) == pytest.approx(3.5 / 4)
+
+
+@pytest.mark.parametrize('module, rows', [(effect, 18), (methods, 14)])
+def test_stages_of_a_benchmark_fit_together(module, rows, tmp_path, monkeypatch):
+    """Every stage reads what an earlier one wrote, and what is finished is not done again."""
+    made, ran = set(), []
+
+    def stage(script, experiment, *keys):
+        name = script.removesuffix('.py')
+        settings = load_config(importlib.import_module(name).DEFAULTS, [str(ROOT / experiment), *keys])
+        if name == 'gen_views' and settings['strategy'] != 'none':
+            assert settings['proportions'] in made
+        if name == 'pretrain':
+            assert settings['data']['beton'].removesuffix('/pairs.beton') in made
+            assert not settings['quality']['enabled'] or str(Path(settings['quality']['pc']).parent) in made
+            pretrain.check(settings, 1)
+        folder = tmp_path / settings['output']
+        folder.mkdir(parents=True, exist_ok=True)
+        if name == 'linear_eval':
+            assert {str(Path(settings[key]).parent) for key in ('checkpoint', 'train_beton', 'test_beton')} <= made
+            save_json(folder / 'results.json', dict(knn=dict(top1=len(ran)), linear=dict(top1=2.0 * len(ran))))
+        made.add(settings['output'])
+        ran.append(name)
+        return 1.0
+
+    for key, value in dict(stage=stage, ROOT=tmp_path, RESULTS=tmp_path / 'results/r.json').items():
+        monkeypatch.setattr(module, key, value)
+    monkeypatch.setattr(sys, 'argv', ['benchmark'])
+    module.main()
+    done = json.loads((tmp_path / 'results/r.json').read_text())
+    assert ran.count('pretrain') == ran.count('linear_eval') == len(done) == len({r['knn'] for r in done}) == rows
+    module.main()
+    assert ran.count('pretrain') == rows
