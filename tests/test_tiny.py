@@ -131,8 +131,12 @@ def test_refine_goes_on_from_the_exported_models(tmp_path, monkeypatch):
         Image.fromarray(pixels).save(folder / f'{i}.JPEG')
     monkeypatch.setattr(train, 'HERE', tmp_path / 'tiny')
     monkeypatch.setattr(train, 'teacher_model', lambda *_: timm.create_model('efficientnet_lite0').eval())
+    learns = []
+    monkeypatch.setattr(train, 'perceptual_loss', lambda drawn, meant, *scale, loss=train.perceptual_loss: learns.append(
+        (drawn[1].requires_grad, meant[1].requires_grad)) or loss(drawn, meant, *scale))
     args = Namespace(data=tmp_path / 'data', work=tmp_path, seed=0, steps=2, batch_size=4)
     train.refine(args, torch.device('cpu'))
+    assert learns == [(True, False)] * 2
     before, after = (UnCLIP({**SPEC, 'model': str(folder / 'unclip')}, torch.device('cpu')).pipeline.unet.state_dict()
                      for folder in (ROOT / 'tiny', tmp_path / 'tiny'))
     change = torch.stack([(after[k] - before[k]).abs().max() for k in before])
