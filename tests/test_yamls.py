@@ -24,7 +24,8 @@ from common import load_config  # noqa: E402
 STAGES = {module.__name__: module for module in (fg_proportion, gen_views, pretrain, linear_eval, semi_eval, detect_eval,
                                                  view_eval)}
 FILES = sorted((path.parent.name, path.stem) for path in (ROOT / 'yamls').glob('*/*.yaml'))
-NO_ROW = {'demo', 'demo_quality', 'demo_test', 'effect', 'effect_quality', 'folder', 'folder_test', 'sanity'}  # not of a paper
+NO_ROW = {'demo', 'demo_quality', 'demo_test', 'effect', 'effect_quality', 'folder', 'folder_test',
+          'sanity'}  # not of a paper
 PRETRAIN = [name for stage, name in FILES if stage == 'pretrain']
 
 
@@ -310,7 +311,8 @@ def test_normalization_is_clips_with_the_quality_encoder_and_imagenets_without(n
 
 @pytest.mark.parametrize('stage, name', FILES)
 def test_passes_the_checks_of_its_stage(stage, name):
-    for world in (1, 2) if (stage, name) in (('pretrain', 'demo'), ('pretrain', 'effect')) else (1, 2, 4, 8):  # small batches, two batch norm groups
+    small = (stage, name) in (('pretrain', 'demo'), ('pretrain', 'effect'))  # two batch norm groups
+    for world in (1, 2) if small else (1, 2, 4, 8):
         STAGES[stage].check(config(stage, name), *([] if stage in ('fg_proportion', 'gen_views', 'view_eval') else [world]))
     if stage == 'pretrain':
         pretrain.normalization(config(stage, name)['normalization'])
