@@ -67,15 +67,22 @@ def _fits(default, value):
     return isinstance(value, type(default))
 
 
+def check_keys(given, known, where, prefix=''):
+    """Raises Fail unless `given` is a dict with keys of `known` alone. prefix: what they stand under, such as 'moco.'."""
+    if not isinstance(given, dict):
+        raise Fail(f"{where}: expected the keys {', '.join(known)}, not {given!r}")
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), [str(k) for k in known], 1, 0.5)
+            hint = f"did you mean '{prefix}{near[0]}'?" if near else f"known: {', '.join(map(str, known))}"
+            raise Fail(f"{where}: unknown key '{prefix}{key}'; {hint}")
+
+
 def _merge(config, defaults, changes, where, prefix='', nullable=()):
     """Write `changes` over `config`. In `defaults` every allowed key stands with a value of its type (null: any)."""
+    check_keys(changes, defaults, where, prefix)
     for key, value in changes.items():
-        name = f'{prefix}{key}'
-        if key not in defaults:
-            near = difflib.get_close_matches(str(key), [str(k) for k in defaults], 1, 0.5)
-            hint = f"did you mean '{prefix}{near[0]}'?" if near else f"known: {', '.join(map(str, defaults))}"
-            raise Fail(f"{where}: unknown key '{name}'; {hint}")
-        default = defaults[key]
+        name, default = f'{prefix}{key}', defaults[key]
         if isinstance(default, dict) and default:
             if not isinstance(value, dict):
                 raise Fail(f"{where}: '{name}' must hold keys ({', '.join(default)}), not {value!r}")
@@ -132,7 +139,7 @@ def run(stage, defaults, nullable=()):
     """Entry point of a script: config, then stage(config); what the user can mend is one line and exit code 2."""
     try:
         stage(load_config(defaults, sys.argv[1:], nullable))
-    except (Fail, OSError, *(c for c in [getattr(sys.modules.get('data'), 'DataError', None)] if c)) as error:
+    except (Fail, OSError) as error:
         if isinstance(error, OSError):
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -234,6 +241,12 @@ class StopSignal:
     def __bool__(self):
         return self.name is not None
 
+    def leave(self, log, where):
+        """Say where the stage was left, and end the process."""
+        log.write(f'{self.name or "stop signal"}: {where}')  # of several processes another one may have got it
+        log.close()
+        sys.exit(self.exit_code)
+
     @staticmethod
     def requeue():
         """Ask Slurm to start this job again (the same command then resumes). Returns what came of it, for the log."""
@@ -298,6 +311,26 @@ def load_checkpoint(path):
                    f'{str(error).splitlines()[0][:120]}); delete it to start again') from None
 
 
+def earlier(path, config, ignore, anew=False):
+    """What an earlier run wrote into `path`, .json or a checkpoint, or None where there is nothing. Where its config
+    differs in other keys than `ignore` it is a Fail, or, to begin anew, None."""
+    if not path.is_file():
+        return None
+    saved = json.loads(path.read_text()) if path.suffix == '.json' else load_checkpoint(path)
+    changed = changed_keys(saved['config'], config, ignore)
+    if changed and not anew:
+        raise Fail(f"{path} was made with another config: {'; '.join(changed)}. Go back to it, or set another output=")
+    return None if changed else saved
+
+
+def answered(path, config, ignore, processes, anew=False):
+    """Whether an earlier run has answered the same question; then what it found is printed. See `earlier`."""
+    old = earlier(path, config, ignore, anew)
+    if old and processes.main:
+        print(f"{old['summary']} (finished before: {path})")
+    return old is not None
+
+
 def save_json(path, value, once=False):
     atomic(path, lambda p: p.write_text(json.dumps(value, indent=1) + '\n'), once)
 
@@ -314,6 +347,15 @@ def set_random_states(state):
     torch.set_rng_state(state['torch'])
     if 'cuda' in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state['cuda'])
+
+
+def restore(saved, model, optimizer, scaler, processes):
+    """Put a saved state in place; returns the step that it was saved at. random: of each process, or of the first."""
+    for name, part in (('model', model), ('optimizer', optimizer), ('scaler', scaler)):
+        part.load_state_dict(saved[name])
+    states = saved['random'] if isinstance(saved['random'], list) else [saved['random']]
+    set_random_states(states[processes.rank if len(states) == processes.world else 0])
+    return saved['step']
 
 
 def seed_everything(seed):
@@ -371,34 +413,6 @@ class Log:
                         self.board.add_scalar(key, value, values.get('step', 0))
         if line:
             print(line, flush=True)
-
-    def plot(self, name, left, right):
-        """Picture of curves in log.jsonl over the step: keys `left` and, from 0 to 1, `right`, as far as they occur.
-
-        Of a step that was done twice (after a kill) the last line counts."""
-        if not self.main:
-            return
-        import matplotlib
-        matplotlib.use('Agg')
-        import matplotlib.pyplot as plt
-        values = {}
-        for text in (self.folder / 'log.jsonl').read_text().splitlines():
-            try:
-                line = json.loads(text)
-            except ValueError:
-                continue  # a line cut short by a kill
-            for key in {*left, *right} & set(line):
-                values.setdefault(key, {})[line['step']] = line[key]
-        figure, axes = plt.subplots(1, 2, figsize=(10, 3.5), layout='constrained')
-        for axis, keys in zip(axes, (left, right)):
-            for key in keys:
-                if key in values:
-                    axis.plot(*zip(*sorted(values[key].items())), label=key.replace('_', ' '))
-            axis.set(xlabel='step')
-            axis.legend(frameon=False)
-        axes[1].set(ylim=(0, 1.05))
-        atomic(self.folder / name, lambda p: figure.savefig(p, dpi=110))
-        plt.close(figure)
 
     def close(self):
         if self.main:

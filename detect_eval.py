@@ -35,7 +35,6 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.datasets import VOCDetection
@@ -44,13 +43,14 @@ from torchvision.ops import MultiScaleRoIAlign
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from common import (Fail, Log, Processes, StopSignal, changed_keys, load_checkpoint, precision_dtype, run,
-                    save_checkpoint, save_json, seed_everything)
-from data import normalization
-from models import BLOCKS, average_running_statistics, digest, global_mean, load_backbone, synchronize_batch_norm
+from checkpoints import digest, load_backbone, normalization
+from common import (Fail, Log, Processes, StopSignal, answered, earlier, precision_dtype, run, save_checkpoint, save_json,
+                    seed_everything)
+from models import BLOCKS, average_running_statistics, distributed, global_mean, synchronize_batch_norm
+from pictures import curves
 
 DEFAULTS = """
-checkpoint: null        # backbone.pt of pretrain.py, or another ResNet that models.load_backbone knows
+checkpoint: null        # backbone.pt of pretrain.py, or another ResNet that checkpoints.load_backbone knows
 backbone:
   prefix: null          # of the network that is meant, where several compete, e.g. teacher.backbone
 output: null            # run folder; null: <checkpoint without suffix>_<dataset.name>
@@ -268,6 +268,14 @@ def build_detector(config, backbone, width, classes, mean, std):
     return model
 
 
+def optimizer_of(model, config):
+    """SGD, without weight decay on the batch norms."""
+    no_decay = {p for norm in model.modules() if isinstance(norm, _BatchNorm) for p in norm.parameters()}
+    groups = [{'params': [p for p in model.parameters() if p not in no_decay]},
+              {'params': [p for p in model.parameters() if p in no_decay], 'weight_decay': 0.0}]
+    return torch.optim.SGD(groups, lr=0.0, momentum=config['momentum'], weight_decay=config['weight_decay'])
+
+
 def learning_rate(step, config):
     """Linear warm-up from a thousandth; a tenth after each of `steps` (detectron2's WarmupMultiStepLR)."""
     warm = min(1.0, 0.001 + 0.999 * step / config['warmup']) if config['warmup'] else 1.0
@@ -348,32 +356,21 @@ def main(config):
         raise Fail(f"dataset.train: no image of {dataset['train']} has an object to learn")
     empty, train = len(train.imgs) - len(train_images), None
     identity = {**config, 'images': [len(train_images), len(test_images)], 'backbone_sha256': digest(backbone)}
-    saved = load_checkpoint(checkpoint) if checkpoint.is_file() else None
-    finished = json.loads(results.read_text()) if results.is_file() else None
-    for old in (found for found in (saved, finished) if found):
-        if changed := changed_keys(old['config'], identity, BOOKKEEPING):
-            raise Fail(f"{folder} holds a run with another config: {'; '.join(changed)}; set another output=")
-    if finished:
-        if processes.main:
-            print(f"{finished['summary']} (finished before: {results})")
+    saved = earlier(checkpoint, identity, BOOKKEEPING)
+    if answered(results, identity, BOOKKEEPING, processes):
         return
 
     seed_everything(config['seed'])  # the same on all processes: they build the same model
     torch.set_float32_matmul_precision('high')  # TF32 where the GPU has it
     model = build_detector(config, backbone, info['feature_dim'], len(categories), mean, std)
     model = synchronize_batch_norm(model.to(device), device).train()
-    parameters, norms = list(model.parameters()), [m for m in model.modules() if isinstance(m, _BatchNorm)]
-    no_decay = {p for norm in norms for p in norm.parameters()}
-    optimizer = torch.optim.SGD([{'params': [p for p in parameters if p not in no_decay]},
-                                 {'params': [p for p in parameters if p in no_decay], 'weight_decay': 0.0}],
-                                lr=0.0, momentum=config['momentum'], weight_decay=config['weight_decay'])
+    parameters, optimizer = list(model.parameters()), optimizer_of(model, config)
     scaler, first = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16), 0
     if saved:
         for name, part in (('model', model), ('optimizer', optimizer), ('scaler', scaler)):
             part.load_state_dict(saved[name])
         first = saved['iteration']
-    wrapped = model if not dist.is_initialized() else DistributedDataParallel(
-        model, device_ids=[device.index] if device.type == 'cuda' else None)
+    wrapped = distributed(model, device)
 
     stop, log = StopSignal(), Log(folder, config, processes.main)
     log.write(f"{config['detector']} on {config['checkpoint']}: {info['text']}; {info['note'] or 'all of it'}; mean "
@@ -441,7 +438,8 @@ def main(config):
         summary = f"{config['checkpoint']} on {dataset['test']}: " + ' | '.join(
             name + ''.join(f'  {k} {part[k]:.2f}' for k in ('AP', 'AP50', 'AP75')) for name, part in found.items())
         save_json(folder / 'detections.json', detections)
-        log.plot('loss.png', ['loss'], ['loss_classifier', 'loss_box_reg', 'loss_mask', 'loss_objectness'])
+        curves(folder / 'loss.png', folder / 'log.jsonl', ['loss'],
+               ['loss_classifier', 'loss_box_reg', 'loss_mask', 'loss_objectness'])
         save_json(results, {'summary': summary, **found, 'config': identity})
         log.write(f'{summary} -> {results}', **found)
     log.close()

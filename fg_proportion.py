@@ -29,7 +29,6 @@ numpy.load(..., mmap_mode='r'); histogram.png, foreground.png, config.yaml, vers
 """
 import os
 import shutil
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -42,6 +41,8 @@ from torchvision.transforms import Compose, PILToTensor
 from tqdm import tqdm
 
 from common import Fail, Log, Processes, StopSignal, atomic, changed_keys, precision_dtype, run, shard
+from pictures import grid, histograms, overlay
+from sources import source_dataset
 
 DEFAULTS = """
 output: runs/fg_proportion  # run folder
@@ -168,15 +169,6 @@ class Sweep:
         self.config, self.folder, self.clip, self.processes, self.log = config, folder, clip, processes, log
         self.images, self.dtype, self.stop = Images(source, clip), dtype, StopSignal()
         self.first, self.step = shard(config['shard'], processes)
-        self.mean, self.std = (torch.tensor(v, device=processes.device).view(1, 3, 1, 1) for v in (clip.mean, clip.std))
-
-    def encode(self, images):
-        """images uint8 (B, 3, S, S) -> tokens (B, K, H, W) and embeddings (B, D), float32."""
-        from models import normalize
-        images = normalize(images.to(self.processes.device, non_blocking=True), self.mean, self.std)
-        with torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            tokens, embedding = self.clip.forward(images)
-        return tokens.float(), embedding.float()
 
     def save(self, file, result, finite):
         if not finite:
@@ -198,8 +190,7 @@ class Sweep:
                     self.make(name, [(files[number], chunks[number])], per_batch, join)
             stopped = self.processes.any(self.stop)
         if stopped:
-            self.log.write(f'{self.stop.name or "stop signal"}: finished chunks are saved; the same command resumes')
-            sys.exit(self.stop.exit_code)
+            self.stop.leave(self.log, 'finished chunks are saved; the same command resumes')
         return files
 
     def make(self, name, chunks, per_batch, join):
@@ -223,7 +214,7 @@ class Sweep:
                     asked = time.perf_counter()
                     images, readable = next(loader)
                     waited += time.perf_counter() - asked
-                    tokens, embedding = self.encode(images)
+                    tokens, embedding = self.clip.encode(images, self.dtype)
                     finite = torch.isfinite(tokens).all() & finite
                     new = per_batch(tokens, embedding, readable.to(self.processes.device))
                     result = new if result is None else {key: join(result[key], new[key]) for key in new}
@@ -266,60 +257,29 @@ def load_parts(files):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Pictures
 
-def draw(folder, projection, threshold, proportion, level, examples):
+def draw(sweep, folder, indices, pc, projection, threshold, proportion, level):
     """histogram.png: projections with the threshold and, where given, proportions (N,) with their noise levels.
-    foreground.png: examples, a list of (image (H, W, 3) in [0, 1], mask (h, w), title), each above its overlay."""
-    import matplotlib
-    matplotlib.use('Agg')
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(1, 1 if proportion is None else 2, figsize=(5 if proportion is None else 10, 3.2))
-    axis = np.atleast_1d(axes)[0]
-    axis.hist(projection.ravel(), 100, color='0.6')
-    axis.axvline(threshold, color='C3', label=f'threshold: {(projection > threshold).mean():.0%} foreground')
-    axis.set(xlabel='projection of a token', ylabel='tokens of the pca images')
-    axis.legend()
+    foreground.png: up to 32 readable images in order of their foreground proportion, each above its overlay."""
+    panels = [('projection of a token', 'tokens of the pca images', {'': projection},
+               (threshold, f'threshold: {(projection > threshold).mean():.0%} foreground'))]
     if proportion is not None:
-        for number, value in enumerate(range(0, 500, 100)):
-            chosen = level == value
-            axes[1].hist(proportion[chosen], np.linspace(0, 1, 51), color=f'C{number}',
-                         label=f'{value}: {chosen.sum():,}')
-        axes[1].set(xlabel='foreground proportion', ylabel='images')
-        axes[1].legend(title='noise level: images')
-    figure.tight_layout()
-    atomic(folder / 'histogram.png', lambda path: figure.savefig(path, dpi=120))
-    pyplot.close(figure)
-    columns = min(8, len(examples))
-    rows = -(-len(examples) // columns)
-    figure, axes = pyplot.subplots(2 * rows, columns, figsize=(1.25 * columns, 2.75 * rows), squeeze=False)
-    for axis in axes.flat:
-        axis.axis('off')
-    for number, (image, mask, title) in enumerate(examples):
-        row, column = 2 * (number // columns), number % columns
-        mask = np.kron(mask, np.ones((-(-image.shape[0] // mask.shape[0]), -(-image.shape[1] // mask.shape[1]))))
-        mask = mask[:image.shape[0], :image.shape[1], None]
-        axes[row, column].imshow(image)
-        axes[row, column].set_title(title, fontsize=7)
-        axes[row + 1, column].imshow(image * (0.25 + 0.75 * mask) + (1 - mask) * np.array([0.0, 0.05, 0.3]))
-    figure.tight_layout(pad=0.3)
-    atomic(folder / 'foreground.png', lambda path: figure.savefig(path, dpi=120))
-    pyplot.close(figure)
-
-
-def make_examples(sweep, indices, pc, threshold):
-    """Up to 32 readable images for the picture, in order of their foreground proportion."""
+        panels.append(('foreground proportion', 'images', {
+            f'level {value}: {(level == value).sum():,}': proportion[level == value] for value in range(0, 500, 100)},
+            None))
+    histograms(folder / 'histogram.png', panels)
     images = []
     for index in np.random.default_rng(0).permutation(indices):
         image, readable = sweep.images[index]
         images += [image] * readable
         if len(images) == 32:
             break
-    tokens, _ = sweep.encode(torch.stack(images))
-    masks = (torch.einsum('bkhw,k->bhw', tokens, pc) > threshold).cpu().numpy()
-    examples = [(image.permute(1, 2, 0).numpy() / 255, mask,
-                 f'p {mask.mean():.2f}  level {noise_level(mask.mean())}') for image, mask in zip(images, masks)]
-    return sorted(examples, key=lambda example: example[1].mean())
+    tokens, _ = sweep.clip.encode(torch.stack(images), sweep.dtype)
+    masks = (torch.einsum('bkhw,k->bhw', tokens, pc) > float(threshold)).cpu().numpy()
+    images = [image.permute(1, 2, 0).numpy() / 255 for image in images]
+    examples = [(f'p {masks[k].mean():.2f}  level {noise_level(masks[k].mean())}',
+                 [images[k], overlay(images[k], masks[k])]) for k in masks.mean((1, 2)).argsort(kind='stable')]
+    grid(folder / 'foreground.png', [((), examples)], columns=8)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -361,13 +321,10 @@ def main(config):
 
 def measure(config, folder):
     parts = folder / 'parts'  # what is finished of an unfinished run
-    from data import source_dataset  # here, because they take seconds and a mistake in the YAML should not
-    from models import FrozenClip
+    from frozen_clip import FrozenClip  # here, because it takes seconds and a mistake in the YAML should not
     processes = Processes(config['device'])
-    precision = config['precision']
-    if precision == 'auto':
-        precision = 'fp16' if processes.device.type == 'cuda' else 'fp32'
-    dtype = precision_dtype(precision, processes.device)
+    automatic = 'fp16' if processes.device.type == 'cuda' else 'fp32'
+    dtype = precision_dtype(automatic if config['precision'] == 'auto' else config['precision'], processes.device)
     if processes.main:
         source = source_dataset(config['dataset'])  # downloads, if it has to, once
     processes.barrier()
@@ -384,8 +341,7 @@ def measure(config, folder):
     log = Log(folder, config, processes.main)
     parts.mkdir(parents=True, exist_ok=True)
     if processes.main:
-        about = {'encoder': clip.fingerprint(), 'images': len(source)}
-        atomic(parts / 'run.npz', lambda path: np.savez(path, **about), once=True)
+        atomic(parts / 'run.npz', lambda path: np.savez(path, encoder=clip.fingerprint(), images=len(source)), once=True)
     log.write(f"{len(source):,} images; {config['clip']['model']}: {clip.image_size} px, tokens {clip.token_dim}, "
               f'embedding {clip.embedding_dim}; {processes.world} x {processes.device.type}; run folder {folder}')
     if pca_count < config['pca_images']:
@@ -460,7 +416,7 @@ def measure(config, folder):
                 for part in load_parts(files):
                     file.write(part['embedding'].tobytes())
         atomic(folder / 'embeddings.npy', write_embeddings)
-    draw(folder, projection, threshold, proportion, level, make_examples(sweep, picked, pc, float(threshold)))
+    draw(sweep, folder, picked, pc, projection, threshold, proportion, level)
     atomic(folder / 'fg_proportion.npz', lambda path: np.savez(path, **result), once=True)  # last: it marks the end
     if config['proportions']:
         counts = {int(value): int((level == value).sum()) for value in range(0, 500, 100)}

@@ -18,7 +18,6 @@ was packed from such chunks.
 The view of image i depends on (seed, i) and the settings alone, not on batches, processes or order. (In half precision
 a GPU rounds differently for other batch sizes: the same picture, not the same bytes.)
 """
-import io
 import json
 import sys
 import time
@@ -34,9 +33,11 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from chunks import ForeignViews, StoredViews, bad, chunk_defects, encode_view, view_names, write_chunk
 from common import Fail, Log, Processes, StopSignal, atomic, changed_keys, run, save_json, shard
-from data import (BeingWritten, DataError, ForeignViews, StoredViews, chunk_defects, open_beton, shrink, source_dataset,
-                  write_beton, write_chunk)
+from data import BeingWritten, open_beton, write_beton
+from pictures import grid
+from sources import shrink, source_dataset
 
 DEFAULTS = """
 output: ''                # run folder
@@ -154,7 +155,8 @@ def main(config):
         log.write(f'{beton} is complete')
         return
     if not elsewhere:
-        views = StoredViews(output / 'views', config['chunk_size'], partial(names, config=config))
+        names = view_names(config['views_per_image'], config['view_format'])
+        views = StoredViews(output / 'views', config['chunk_size'], names)
     try:
         pack(config, beton, source, levels, views, settings, log, stop)
     except BeingWritten:
@@ -239,15 +241,6 @@ def same_settings(path, settings, moved, claim=False):
                    'or delete this one')
 
 
-def bad(path):
-    return path.with_name(f'{path.name}.bad')
-
-
-def names(i, config):
-    """The views of image i in its chunk, WebDataset's naming."""
-    return [f"{i:08d}{f'.{v + 1}' if v else ''}.{config['view_format']}" for v in range(config['views_per_image'])]
-
-
 # ---------------------------------------------------------------------------------------------------
 # Generation
 
@@ -259,7 +252,8 @@ def generate(config, chunks, source, levels, embeddings, record, settings_agree,
                    f'{generator.embedding_dim}; run fg_proportion.py with the CLIP that the generator was trained '
                    'with, or set generator.condition to pipeline')
     log.write(f'generator {generator.name} on {processes.device}, {generator.dtype}')
-    several, claimed = config['views_per_image'], False
+    several, kind, claimed = config['views_per_image'], config['view_format'], False
+    names = view_names(several, kind)
     size = min(config['batch_size'], len(levels) * several)
     # Encoding and writing happen while the generator goes on, two batches and one chunk behind at most; what goes wrong
     # there is raised here.
@@ -312,8 +306,8 @@ def generate(config, chunks, source, levels, embeddings, record, settings_agree,
                     if not picture or not image.any():
                         records[i]['error'] = 'the generator gave NaN' if picture else 'source image cannot be read'
                     else:
-                        files[names(i, config)[v]] = pool.submit(encode, image, config)
-                        encoding.append(files[names(i, config)[v]])
+                        files[names(i)[v]] = pool.submit(encode_view, image, config['view_size'], kind)
+                        encoding.append(files[names(i)[v]])
                 while len(encoding) > 2 * size:
                     encoding.popleft().result()
                 at += len(part)
@@ -332,24 +326,17 @@ def view_seed(seed, i, v):
     return draw(seed, i, v + 1) if v else draw(seed, i)
 
 
-def encode(image, config):
-    image = Image.fromarray(image)
-    if image.size != (config['view_size'],) * 2:
-        image = image.resize((config['view_size'],) * 2, Image.Resampling.BICUBIC)
-    file = io.BytesIO()
-    image.save(file, *(['PNG'] if config['view_format'] == 'png' else ['JPEG']), quality=95)
-    return file.getvalue()
-
-
 # ---------------------------------------------------------------------------------------------------
 # Verification
 
 def verify(config, chunks, record, beton, beton_too, log, stop):
     """Read chunks and beton back. What is wrong is counted, what holds it set aside, and the process exits with 1."""
+    names = view_names(config['views_per_image'], config['view_format'])
+
     def inspect(chunk):
         path, indices = chunk
         records = {i: record(i) for i in indices}
-        views = {name: i for i in indices if 'error' not in records[i] for name in names(i, config)}
+        views = {name: i for i in indices if 'error' not in records[i] for name in names(i)}
         return ([], {}, '') if stop else chunk_defects(path, records, views, config['view_size'])
 
     defects, seen, spoilt, makers = [], {}, set(), {}
@@ -374,7 +361,7 @@ def verify(config, chunks, record, beton, beton_too, log, stop):
         Path(f'{beton}.verified').unlink(missing_ok=True)  # every byte, whatever was checked before
         try:
             open_beton(beton)
-        except DataError as error:
+        except Fail as error:
             defects.append(('damaged beton', str(error)))
     kinds = Counter(kind for kind, _ in defects)
     examples = [f'; {kind}: {n} ({", ".join([what for k, what in defects if k == kind][:3])}{", ..." * (n > 3)})'
@@ -435,7 +422,9 @@ def pack(config, beton, source, levels, views, settings, log, stop):
               f'{sorted(set(range(len(source))) - set(readable))[:10]}' if lost else '')
               + (f'; {len(failed)} views failed or cannot be read: {sorted(failed)[:10]}' if failed else ''))
     if config['strategy'] != 'none':
-        picture(beton.with_suffix('.png'), [sample(k) for k in spread(levels[readable], config['grid'])])
+        shown = [sample(k) for k in spread(levels[readable], config['grid'])]
+        grid(beton.with_suffix('.png'), [((), [(f'level {level}', [image, views and views[0]])
+                                               for image, views, _, _, level in shown])])
         log.write(f"{beton.with_suffix('.png')}: source above, view below")
 
 
@@ -452,26 +441,6 @@ def spread(levels, count):
     found = [np.flatnonzero(levels == level) for level in sorted(set(levels.tolist()) - {-1})]
     each = -(-count // max(1, len(found)))
     return [int(p) for positions in found for p in positions[:each]][:count]
-
-
-def picture(path, samples):
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    columns = 10
-    rows = -(-len(samples) // columns)
-    figure, axes = plt.subplots(2 * rows, columns, figsize=(columns, 2.3 * rows), squeeze=False)
-    for axis in axes.flat:
-        axis.axis('off')
-    for k, (image, view, _, index, level) in enumerate(samples):
-        above, below = axes[2 * (k // columns), k % columns], axes[2 * (k // columns) + 1, k % columns]
-        above.imshow(image)
-        above.set_title(f'level {level}', fontsize=7, pad=2)
-        if view is not None:
-            below.imshow(view[0])
-    figure.tight_layout(pad=0.3)
-    atomic(path, lambda p: figure.savefig(p, dpi=120))
-    plt.close(figure)
 
 
 if __name__ == '__main__':

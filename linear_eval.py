@@ -5,7 +5,7 @@
     python linear_eval.py yamls/linear_eval/transfer.yaml checkpoint=resnet50.pth train_beton=... test_beton=...
 
 checkpoint is a backbone.pt (or backbone_init.pt, the same network untrained) of pretrain.py, or any file that
-models.load_backbone recognises: of torchvision, timm, MoCo, SimSiam, SwAV, BYOL, VICReg, mmpretrain, ... The images
+checkpoints.load_backbone recognises: of torchvision, timm, MoCo, SimSiam, SwAV, BYOL, VICReg, mmpretrain, ... The images
 come from betons, of which only `image` is used; gen_views.py with strategy: none writes them from torchvision's
 datasets and image folders (yamls/gen_views/transfer.yaml).
 
@@ -16,7 +16,6 @@ or shows the results; SIGTERM and SIGUSR1 leave at the next step.
 """
 import json
 import math
-import sys
 import time
 from contextlib import closing
 from copy import deepcopy
@@ -31,10 +30,12 @@ from timm.optim import Lars
 from torch import nn
 from tqdm import tqdm
 
-from common import (Fail, Log, Processes, StopSignal, changed_keys, load_checkpoint, precision_dtype, run,
+from augment import recipe_row
+from checkpoints import backbone_of, digest
+from common import (Fail, Log, Processes, StopSignal, answered, earlier, load_checkpoint, precision_dtype, run,
                     save_checkpoint, save_json, seed_everything)
-from data import PairLoader, normalization
-from models import Encoder, all_features, digest, hits, knn_accuracy, load_backbone, percent
+from data import PairLoader
+from features import Encoder, all_features, hits, knn_accuracy, labelled, percent, plain_images
 
 DEFAULTS = """
 checkpoint: null        # backbone.pt of pretrain.py, or another's file (.pth, .safetensors)
@@ -163,29 +164,45 @@ def accuracies(classifier, features, labels, classes, batch, processes):
     return {'top1': top1, 'top5': top5, 'mean_per_class': round(sum(per_class) / len(per_class), 3)}
 
 
+def computed_once(path, question, compute, processes):
+    """compute() -> features and labels, or those that an earlier run has kept in `path` for the same question."""
+    kept = load_checkpoint(path) if path.is_file() else {}
+    if not processes.any(kept.get('question') != question):
+        return kept['features'], kept['labels']
+    features, labels = compute()
+    if processes.main:
+        save_checkpoint(path, {'question': question, 'features': features, 'labels': labels})
+    return features, labels
+
+
+def build_probes(linear, lrs, width, classes, saved, device):
+    """A classifier for each learning rate, all equal at the start (as MoCo's), their optimizer and the first epoch."""
+    classifier = nn.Linear(width, classes)
+    nn.init.normal_(classifier.weight, 0, 0.01)
+    nn.init.zeros_(classifier.bias)
+    probes = nn.ModuleList(deepcopy(classifier) for _ in lrs).to(device)
+    optimizer = OPTIMIZERS[linear['optimizer']](
+        [{'params': list(probe.parameters()), 'base_lr': lr} for probe, lr in zip(probes, lrs)], lr=0.0,
+        momentum=linear['momentum'], weight_decay=linear['weight_decay'])
+    if saved:
+        probes.load_state_dict(saved['probes'])
+        optimizer.load_state_dict(saved['optimizer'])
+    return probes, optimizer, saved['epoch'] if saved else 0
+
+
 def main(config):
     processes = Processes(config['device'])
     check(config, processes.world)
     device, linear, knn = processes.device, config['linear'], config['knn']
     dtype = precision_dtype(config['precision'], device)
-    backbone, info = load_backbone(config['checkpoint'], **config['backbone'])
-    mean, std = normalization(config['normalization'], (info['mean'], info['std']))
-    size = config['image_size'] or info['image_size'] or 224
-    if size % (info['patch_size'] or 1):
-        raise Fail(f"image_size: {size} is not a multiple of the {info['patch_size']} px patches of {info['arch']}")
-    folder = Path(config['output'] or f"{Path(config['checkpoint']).with_suffix('')}_eval")
+    backbone, info = backbone_of(config)
+    size, folder = info['image_size'], Path(config['output'] or f"{Path(config['checkpoint']).with_suffix('')}_eval")
 
     # Data: everything is checked before anything is written or computed
     recipe = {'size': size, 'resize': config['resize'] or size, 'crop_scale': None}
     augmented = {'size': size, 'crop_scale': linear['crop_scale'], 'flip': linear['flip']}
-
-    def checked(path):
-        loader = PairLoader(path, [recipe, augmented], alpha=0, swap='first', batch_size=1, seed=config['seed'],
-                            num_workers=config['num_workers'], verify=processes.main)
-        if loader.metadata['f2'].min() < 0:
-            raise Fail(f'{path}: there are images without label (-1)')
-        return loader.sidecar
-    sidecars = {part: checked(config[f'{part}_beton']) for part in ('train', 'test')}
+    recipe_row(augmented, 'linear')
+    sidecars = {part: labelled(config[f'{part}_beton'], recipe, processes).sidecar for part in ('train', 'test')}
     n_train, n_test = (sidecar['samples'] for sidecar in sidecars.values())
     if knn['k'] > n_train:
         raise Fail(f"knn.k: {knn['k']} neighbours out of {n_train} training images; set a smaller knn.k")
@@ -199,75 +216,38 @@ def main(config):
     contents = {part: sha256(json.dumps(sidecar['crc32']).encode()).hexdigest() for part, sidecar in sidecars.items()}
     identity = {**config, 'backbone_sha256': fingerprint, 'betons_sha256': contents}
     results_path, checkpoint = folder / 'results.json', folder / 'linear.pt'
-    if results_path.is_file():
-        old = json.loads(results_path.read_text())
-        if not changed_keys(old['config'], identity, BOOKKEEPING):
-            if processes.main:
-                print(f"{old['summary']} (finished before: {results_path})")
-            return
-    saved = load_checkpoint(checkpoint) if checkpoint.is_file() else None
-    saved = saved if saved and not changed_keys(saved['config'], identity, BOOKKEEPING) else None
+    if answered(results_path, identity, BOOKKEEPING, processes, anew=True):
+        return
+    saved = earlier(checkpoint, identity, BOOKKEEPING, anew=True)
 
-    stop = StopSignal()
-    log = Log(folder, config, processes.main, config['tensorboard'])
-
-    def leave(where):
-        log.write(f'{stop.name or "stop signal"}: left {where}')
-        log.close()
-        sys.exit(stop.exit_code)
-
-    source = config['normalization'] or ('its own' if info['mean'] else 'imagenet (the file names none)')
-    log.write(f"{config['checkpoint']}: {info['text']}, {info['feature_dim']} features"
-              f"{'; ' * bool(info['note'])}{info['note']}; normalisation {source}, {size} px; "
-              f"{n_train} training and {n_test} test images")
-
-    begin = time.perf_counter()
+    stop, log, begin = StopSignal(), Log(folder, config, processes.main, config['tensorboard']), time.perf_counter()
+    log.write(f"{info['text']}; {n_train} training and {n_test} test images")
     seed_everything(config['seed'])
-    encoder = Encoder(backbone, mean, std, device, dtype)
+    encoder = Encoder(backbone, info['mean'], info['std'], device, dtype)
 
-    def images(path, positions):
-        return PairLoader(path, [recipe], alpha=0, swap='first', batch_size=min(config['batch'], len(positions)),
-                          seed=0, num_workers=config['num_workers'], drop_last=False, shuffle=False, indices=positions,
-                          verify=False, pin_memory=device.type == 'cuda')
-
-    def features(part):
-        """Computed once: a resumed run reads them."""
-        path = folder / f'{part}_features.pt'
-        question = {'backbone': fingerprint, 'beton': contents[part], 'mean': list(mean), 'std': list(std),
-                    'recipe': recipe, 'dtype': str(dtype)}
-        kept = load_checkpoint(path) if path.is_file() else {}
-        if not processes.any(kept.get('question') != question):
-            return kept['features'], kept['labels']
-        found = all_features(partial(images, config[f'{part}_beton']), sidecars[part]['samples'], encoder, processes,
-                             f'{part} features', stop)
+    def compute(part):
+        images = partial(plain_images, config[f'{part}_beton'], recipe, config['batch'], config['num_workers'],
+                         pin_memory=device.type == 'cuda')
+        found = all_features(images, sidecars[part]['samples'], encoder, processes, f'{part} features', stop)
         if found is None:
-            leave(f'while the {part} features were computed; the same command computes them again')
+            stop.leave(log, f'left while the {part} features were computed; the same command computes them again')
         if not found[0].isfinite().all():
             raise Fail(f"{config['checkpoint']}: features are not finite; set precision=fp32, or the weights are "
                        'damaged')
-        if processes.main:
-            save_checkpoint(path, {'question': question, 'features': found[0], 'labels': found[1]})
         return found
-    train, (test, test_labels) = features('train'), features('test')
+    question = {'backbone': fingerprint, 'mean': list(info['mean']), 'std': list(info['std']), 'recipe': recipe,
+                'dtype': str(dtype)}
+    train, (test, test_labels) = (
+        computed_once(folder / f'{part}_features.pt', {**question, 'beton': contents[part]}, partial(compute, part),
+                      processes) for part in ('train', 'test'))
     classes = int(max(train[1].max(), test_labels.max())) + 1
     nearest = knn_accuracy(*train, test, test_labels, classes, knn['k'], knn['temperature'], knn['batch'], processes)
     log.write(f"kNN (k {knn['k']}, temperature {knn['temperature']}): top-1 {nearest[0]:.2f}  top-5 {nearest[1]:.2f}",
               knn_top1=nearest[0], knn_top5=nearest[1])
 
-    # Linear probes: parameters start at N(0, 0.01) and 0 as in MoCo's, gradients are averaged by hand (small layers)
+    # Linear probes; gradients are averaged by hand (small layers)
     lrs = list(dict.fromkeys([linear['lr'], *map(float, linear['more_lrs'])]))
-    classifier = nn.Linear(info['feature_dim'], classes)
-    nn.init.normal_(classifier.weight, 0, 0.01)
-    nn.init.zeros_(classifier.bias)
-    probes = nn.ModuleList(deepcopy(classifier) for _ in lrs).to(device)
-    optimizer = OPTIMIZERS[linear['optimizer']](
-        [{'params': list(probe.parameters()), 'base_lr': lr} for probe, lr in zip(probes, lrs)], lr=0.0,
-        momentum=linear['momentum'], weight_decay=linear['weight_decay'])
-    first = 0
-    if saved:
-        probes.load_state_dict(saved['probes'])
-        optimizer.load_state_dict(saved['optimizer'])
-        first = saved['epoch']
+    probes, optimizer, first = build_probes(linear, lrs, info['feature_dim'], classes, saved, device)
     epoch_batches, steps = batches(config, augmented, train, encoder, processes)
     decay = f"x 0.1 after epochs {linear['milestones']}" if linear['milestones'] else \
         'cosine' + f" to {linear['final_share']} of it" * (linear['final_share'] > 0)
@@ -295,8 +275,8 @@ def main(config):
             loss_sum += losses.detach()
             if processes.any(stop):
                 bar.close()
-                leave(f'in epoch {epoch + 1} of {linear["epochs"]}; the same command resumes at '
-                      + ('its beginning' if linear['augment'] else 'the last one that was saved'))
+                stop.leave(log, f'left in epoch {epoch + 1} of {linear["epochs"]}; the same command resumes at '
+                           + ('its beginning' if linear['augment'] else 'the last one that was saved'))
         bar.update()
         if dist.is_initialized():
             dist.all_reduce(loss_sum)
@@ -316,21 +296,25 @@ def main(config):
     if digest(backbone) != fingerprint:
         raise RuntimeError('the frozen backbone has changed: the results are worthless (a bug, please report it)')
 
-    per_class = f"mean per class {found[0]['mean_per_class']:.2f}  " * (metric == 'mean_per_class')
-    others = ', '.join(f"{probe['lr']}: {probe[metric]:.2f}" for probe in found[1:])
-    summary = (f"{config['checkpoint']}: kNN top-1 {nearest[0]:.2f}  top-5 {nearest[1]:.2f} | linear {per_class}top-1 "
-               f"{found[0]['top1']:.2f}  top-5 {found[0]['top5']:.2f} ({n_test} test images)"
-               + f" | other than the protocol's lr {linear['lr']}: {others}" * bool(others))
+    summary = in_words(config, nearest, found, metric, n_test)
     if processes.main:
         save_json(results_path, {
             'summary': summary, 'metric': metric, 'knn': {'top1': nearest[0], 'top5': nearest[1]},
             'linear': found[0], 'probes': found, 'train_images': n_train, 'test_images': n_test, 'classes': classes,
-            'mean': list(mean), 'std': list(std), 'image_size': size,
+            'mean': list(info['mean']), 'std': list(info['std']), 'image_size': size,
             'seconds': round(time.perf_counter() - begin, 1), 'config': identity})
         for path in (checkpoint, *(folder.glob('*_features.pt') if not config['keep_features'] else ())):
             path.unlink(missing_ok=True)
     log.write(f'{summary} -> {results_path}', knn=nearest, linear=found)
     log.close()
+
+
+def in_words(config, nearest, found, metric, n_test):
+    per_class = f"mean per class {found[0]['mean_per_class']:.2f}  " * (metric == 'mean_per_class')
+    others = ', '.join(f"{probe['lr']}: {probe[metric]:.2f}" for probe in found[1:])
+    return (f"{config['checkpoint']}: kNN top-1 {nearest[0]:.2f}  top-5 {nearest[1]:.2f} | linear {per_class}top-1 "
+            f"{found[0]['top1']:.2f}  top-5 {found[0]['top5']:.2f} ({n_test} test images)"
+            + f" | other than the protocol's lr {config['linear']['lr']}: {others}" * bool(others))
 
 
 if __name__ == '__main__':

@@ -24,27 +24,28 @@ and the statistics of VICReg are those of the micro-batch: there it is another, 
 """
 import difflib
 import json
+import math
 import sys
 import time
-import warnings
 from contextlib import closing, nullcontext
-from copy import deepcopy
-from functools import partial
 from hashlib import sha256
+from itertools import count, islice
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from timm.optim import Lars
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from common import (Fail, Log, Processes, StopSignal, changed_keys, load_checkpoint, precision_dtype,
-                    random_states, run, save_checkpoint, seed_everything, set_random_states)
-from data import CIFAR_MEAN, CIFAR_STD, CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, PairLoader
-from models import (METHODS, VITS, Encoder, Quality, all_features, average_running_statistics, cosine, describe,
-                    global_mean, knn_accuracy, synchronize_batch_norm)
+from checkpoints import NORMALIZATIONS, normalization, save_backbone
+from common import (Fail, Log, Processes, StopSignal, earlier, precision_dtype, random_states, restore, run,
+                    save_checkpoint, seed_everything)
+from data import PairLoader, check_size
+from features import Monitor
+from frozen_clip import Quality
+from models import (METHODS, VITS, average_running_statistics, cosine, describe, distributed, global_mean,
+                    synchronize_batch_norm)
+from pictures import curves
 
 DEFAULTS = """
 output: null            # run folder, e.g. runs/cifar10/pretrain
@@ -180,8 +181,6 @@ tensorboard: true
 # May differ when a run is resumed; everything else shapes the result.
 BOOKKEEPING = ('output', 'device', 'compile', 'data.num_workers', 'knn', 'log_every', 'save_every_epochs',
                'save_every_steps', 'requeue', 'tensorboard')
-NORMALIZATIONS = {'clip': (CLIP_MEAN, CLIP_STD), 'imagenet': (IMAGENET_MEAN, IMAGENET_STD),
-                  'cifar10': (CIFAR_MEAN, CIFAR_STD)}
 BLOCKS = {name: 'moco' if name == 'mocov2' else name for name in METHODS}  # a method's block in the config
 # Smallest whole number by the last part of a key, or all of it.
 LEAST = {'epochs': 1, 'batch_size': 1, 'accumulate': 1, 'seed': 0, 'image_size': 8, 'log_every': 1, 'size': 8,
@@ -249,33 +248,37 @@ def check(config, world):
         raise Fail(f"small_crops.size: {small['size']} is not a multiple of backbone.patch_size {patch}")
 
 
-def check_size(config, loader):
-    """Views larger than the stored images only look like more: a text for the log (or None), Fail from twice on."""
-    stored, small = loader.metadata['f0'], config['small_crops']
-    side = int(np.median(np.minimum(stored['height'], stored['width'])))
-    size, key = max((config['image_size'], 'image_size'), (small['size'] if small['count'] else 0, 'small_crops.size'))
-    text = f'{key}: views of {size} px from stored images of {side} px (median of the shorter side)'
-    if size > 2 * side:
-        raise Fail(f'{text}: set {key}={side}, or write the beton from larger images')
-    return f'{text} are enlarged' if size > side else None
+# ---------------------------------------------------------------------------------------------------
+# Set-up
+
+def open_pairs(config, processes):
+    """The loader of this process's part of each micro-batch."""
+    data, small = config['data'], config['small_crops']
+    recipes = [{'size': config['image_size'], **config[view]} for view in ('view_1', 'view_2')]
+    recipes += [{**recipes[k % 2], 'size': small['size'], 'crop_scale': small['crop_scale']}
+                for k in range(small['count'])]
+    loader = PairLoader(data['beton'], recipes, data['alpha'], data['swap'],
+                        batch_size=config['batch_size'] // (processes.world * config['accumulate']),
+                        seed=config['seed'], num_workers=data['num_workers'], rank=processes.rank,
+                        world=processes.world, pin_memory=processes.device.type == 'cuda')
+    if len(loader) < config['accumulate']:
+        raise Fail(f"batch_size: {config['batch_size']} is more than the {loader.sidecar['samples']} images of "
+                   f"{data['beton']}")
+    return loader
 
 
-def normalization(spec):
-    """'clip', 'imagenet', 'cifar10', [mean, std] or null -> mean and std, tuples of 3 floats for values in [0, 1]."""
-    try:
-        mean, std = NORMALIZATIONS[spec or 'clip'] if spec is None or isinstance(spec, str) else spec
-        mean, std = (tuple(float(v) for v in values) for values in (mean, std))
-        if len(mean) == len(std) == 3 and min(std) > 0:
-            return mean, std
-    except (KeyError, TypeError, ValueError):
-        pass
-    raise Fail(f"normalization: {spec!r} is none of {', '.join(NORMALIZATIONS)}, "
-               '[[r, g, b], [r, g, b]] (mean, std > 0)')
+def micro_batches(loader, step, steps_per_epoch, accumulate):
+    """Micro-batches from a step on, epoch after epoch without end."""
+    first = step % steps_per_epoch * accumulate
+    for epoch in count(step // steps_per_epoch):
+        with closing(loader.epoch(epoch, first)) as batches:
+            yield from islice(batches, steps_per_epoch * accumulate - first)
+        first = 0
 
 
 def build_model(config, steps_per_epoch):
     """The method with its backbone, initialised, on the current default device."""
-    mean, std = normalization(config['normalization'])
+    mean, std = normalization(config['normalization'], NORMALIZATIONS['clip'])
     return METHODS[config['method']](
         {**config['backbone'], 'image_size': config['image_size']}, **config[BLOCKS[config['method']]], mean=mean,
         std=std, seed=config['seed'], total_steps=config['epochs'] * steps_per_epoch, steps_per_epoch=steps_per_epoch)
@@ -320,253 +323,204 @@ def learning_rate(step, steps_per_epoch, epochs, optimizer):
     return cosine(optimizer['lr'], optimizer['final_lr'], step - warmup, max(1, total - warmup))
 
 
-class Monitor:
-    """kNN accuracy of the backbone on labelled images. Raises Fail at once when it could not work later."""
+# ---------------------------------------------------------------------------------------------------
+# While training
 
-    def __init__(self, config, dtype, processes):
-        self.config, self.dtype, self.processes, self.knn = config, dtype, processes, config['knn']
-        loaders = [self.images(self.knn[f'{part}_beton'], verify=processes.main) for part in ('train', 'test')]
-        self.samples = [loader.sidecar['samples'] for loader in loaders]
-        self.classes = max(int(loader.metadata['f2'].max()) for loader in loaders) + 1
-        if self.knn['k'] > self.samples[0]:
-            raise Fail(f"knn.k: {self.knn['k']} neighbours out of {self.samples[0]} images of knn.train_beton")
-        if min(int(loader.metadata['f2'].min()) for loader in loaders) < 0:
-            raise Fail('knn.train_beton, knn.test_beton: there are images without label (-1)')
-
-    def images(self, path, positions=None, verify=False):
-        size = self.config['image_size']
-        return PairLoader(path, [{'size': size, 'resize': size, 'crop_scale': None}], alpha=0, swap='first', seed=0,
-                          batch_size=256, num_workers=self.config['data']['num_workers'], drop_last=False,
-                          shuffle=False, indices=positions, verify=verify)
-
-    def accuracy(self, backbone):
-        """backbone: of the training, not touched. Top-1 accuracy between 0 and 1, the same on all processes."""
-        mean_std = normalization(self.config['normalization'])
-        encoder = Encoder(deepcopy(backbone), *mean_std, self.processes.device, self.dtype)
-        (train, labels), test = (
-            all_features(partial(self.images, self.knn[f'{part}_beton']), n, encoder, self.processes, f'kNN {part}')
-            for part, n in zip(('train', 'test'), self.samples))
-        return knn_accuracy(train, labels, *test, self.classes, self.knn['k'], self.knn['temperature'], 256,
-                            self.processes)[0] / 100
+def stop_if_not_finite(losses, parameters, step, last_saved, checkpoint):
+    """Raises Fail, on all processes, where one has a loss (those of the steps up to `step`) or a parameter that is not
+    finite."""
+    finite = torch.stack(losses).isfinite().tolist() if losses else []
+    bad = step - len(losses) + 1 + finite.index(False) if False in finite else math.inf
+    if parameters and not torch.stack(torch._foreach_norm(parameters)).isfinite().all():
+        bad = min(bad, step)  # the update of the last step did it: its own loss was still finite
+    if dist.is_initialized():
+        first = torch.tensor(float(bad))
+        dist.all_reduce(first, dist.ReduceOp.MIN)
+        bad = first.item()
+    if bad < math.inf:
+        good = f'the last good checkpoint is {checkpoint} (step {last_saved})' if last_saved is not None else \
+            'there is no checkpoint yet'
+        raise Fail(f'step {int(bad)}: the loss or the weights are not finite; {good}. Lower optimizer.lr, raise '
+                   'optimizer.warmup_epochs or set precision=fp32')
 
 
-def export(path, model, config, mean, std):
-    """The backbone alone, with torchvision's or timm's names, and what one must know to use it."""
-    state = {k: v.detach().cpu().contiguous() for k, v in model.backbone.state_dict().items()}
-    save_checkpoint(path, {'state_dict': state, **describe(config['backbone'])[0],
-                           'feature_dim': model.backbone.feature_dim, 'mean': list(mean), 'std': list(std),
-                           'image_size': config['image_size'], 'method': config['method']})
+def save(checkpoint, model, optimizer, scaler, step, steps_per_epoch, config, beton, processes):
+    average_running_statistics(model)
+    states = [random_states()]
+    if dist.is_initialized():
+        states = [None] * processes.world
+        dist.all_gather_object(states, random_states())
+    if processes.main:
+        epoch, batch = divmod(step, steps_per_epoch)
+        save_checkpoint(checkpoint, {
+            'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(),
+            'epoch': epoch, 'batch': batch, 'step': step, 'random': states, 'config': config, 'beton': beton})
+    processes.barrier()  # nobody goes on, or leaves, before it is written
+
+
+def due(epoch, batch, config):
+    """Whether a checkpoint is, `batch` steps into an epoch (0: an epoch has just ended)."""
+    every = config['save_every_steps']
+    if batch:
+        return every is not None and batch % every == 0
+    return epoch % config['save_every_epochs'] == 0 or epoch == config['epochs']
+
+
+def health(losses, figures, weights, qualities, config):
+    """Figures for the log that show whether the run is well."""
+    line = {'loss': global_mean(torch.stack(losses).mean()), **{k: global_mean(v) for k, v in figures.items()}}
+    line['feature_std_ratio'] = line['feature_std'] * config[BLOCKS[config['method']]]['dim'] ** 0.5  # 0: collapsed
+    for name, values in (('quality', qualities), ('weight', weights)) if qualities is not None else ():
+        line |= {f'{name}_mean': values.mean().item(), f'{name}_min': values.min().item(),
+                 f'{name}_max': values.max().item()}
+    return line
+
+
+def in_words(line):
+    shown = [f'{label} {line[key]:.{digits}f}' for label, key, digits in (
+        ('loss', 'loss', 4), ('top-1', 'contrastive_top1', 3), ('entropy', 'assignment_entropy', 2),
+        ('std', 'feature_std_ratio', 2)) if key in line]
+    collapsed = min(line['feature_std_ratio'], line.get('assignment_entropy', 1)) < 0.05
+    return (f"{'  '.join(shown)}{' COLLAPSED' * collapsed}  lr {line['lr']:.4g}  "
+            f"{line['images_per_second']:.0f} images/s")
+
+
+def introduce(log, model, loader, config, processes, dtype, steps_per_epoch, step):
+    """What the log says before the first step."""
+    images, queue = loader.sidecar['samples'], config['moco']['queue']
+    if config['method'] == 'mocov2' and queue > images:
+        log.write(f"moco.queue: {queue} keys of {images} images: many negatives are views of the query's own image; a "
+                  'quarter of the images is a usual size')
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    log.write(f"{config['method']} {describe(config['backbone'])[1]}, {trained / 1e6:.2f} M trained parameters; "
+              f"{images} images, {loader.sidecar['with_view']} with a synthetic view; global batch "
+              f"{config['batch_size']} on {processes.world} process{'es' * (processes.world > 1)} "
+              f"({processes.device.type}, {str(dtype).split('.')[1]}); {steps_per_epoch} steps an epoch, "
+              f"{config['epochs'] * steps_per_epoch} in all" + f'; resumed at step {step}' * bool(step))
 
 
 def main(config):
     processes = Processes(config['device'])
     device, world = processes.device, processes.world
     check(config, world)
-    mean, std = normalization(config['normalization'])
+    mean, std = normalization(config['normalization'], NORMALIZATIONS['clip'])
     dtype = precision_dtype(config['precision'], device)
-    folder, epochs, accumulate = Path(config['output']), config['epochs'], config['accumulate']
-    data, settings = config['data'], config['optimizer']
-    checkpoint = folder / 'checkpoint.pt'
-    saved = load_checkpoint(checkpoint) if checkpoint.is_file() else None
-    if saved:
-        others = set(BLOCKS.values()) - {BLOCKS[config['method']]}
-        changed = changed_keys(saved['config'], config, (*BOOKKEEPING, *others))
-        if changed:
-            raise Fail(f"{checkpoint} was made with another config: {'; '.join(changed)}. Go back to it, or set "
-                       'another output=')
-        if saved['epoch'] == epochs and (folder / 'backbone.pt').is_file():
-            if processes.main:
-                print(f"{folder}: finished ({epochs} epochs): {folder / 'backbone.pt'}")
-            return
+    settings, epochs, accumulate, knn = (config[key] for key in ('optimizer', 'epochs', 'accumulate', 'knn'))
+    folder = Path(config['output'])
+    checkpoint, finished = folder / 'checkpoint.pt', folder / 'backbone.pt'
+    saved = earlier(checkpoint, config, (*BOOKKEEPING, *{*BLOCKS.values()} - {BLOCKS[config['method']]}))
+    if saved and saved['epoch'] == epochs and finished.is_file():
+        if processes.main:
+            print(f'{folder}: finished ({epochs} epochs): {finished}')
+        return
 
-    # Data, models
     seed_everything(config['seed'])  # the same on all processes: they build the same model
     torch.set_float32_matmul_precision('high')  # TF32 where the GPU has it
     torch.backends.cudnn.benchmark = True
+    loader = open_pairs(config, processes)
+    steps_per_epoch = len(loader) // accumulate
+    last_step = epochs * steps_per_epoch
     small = config['small_crops']
-    recipes = [{'size': config['image_size'], **config[view]} for view in ('view_1', 'view_2')]
-    recipes += [{**recipes[k % 2], 'size': small['size'], 'crop_scale': small['crop_scale']}
-                for k in range(small['count'])]
-    loader = PairLoader(data['beton'], recipes, data['alpha'], data['swap'],
-                        batch_size=config['batch_size'] // (world * accumulate), seed=config['seed'],
-                        num_workers=data['num_workers'], rank=processes.rank, world=world,
-                        pin_memory=device.type == 'cuda')
-    steps_per_epoch, images = len(loader) // accumulate, loader.sidecar['samples']
-    if not steps_per_epoch:
-        raise Fail(f"batch_size: {config['batch_size']} is more than the {images} images of {data['beton']}")
-    enlarged = check_size(config, loader)
-    monitor = Monitor(config, dtype, processes) if config['knn']['every'] else None
+    enlarged = check_size(loader, {'image_size': config['image_size'],
+                                   'small_crops.size': small['size'] if small['count'] else 0})
+    monitor = Monitor(config, (mean, std), dtype, processes) if knn['every'] else None
     beton = sha256(json.dumps(loader.sidecar['crc32']).encode()).hexdigest()
     if saved and saved['beton'] != beton:
-        raise Fail(f"{checkpoint} was made with another content of data.beton ({data['beton']}); set another output=")
-    model = build_model(config, steps_per_epoch)
-    model = model.to(device, memory_format=torch.channels_last)
+        raise Fail(f"{checkpoint} was made with another content of data.beton ({config['data']['beton']}); set another "
+                   'output=')
+    model = build_model(config, steps_per_epoch).to(device, memory_format=torch.channels_last)
     model = synchronize_batch_norm(model, device) if model.sync_bn else model
     quality = Quality(config['quality'], device) if config['quality']['enabled'] else None
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = build_optimizer(model, config)
+    trained, optimizer = [p for p in model.parameters() if p.requires_grad], build_optimizer(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    epoch, batch_index = 0, 0
-    if saved:
-        model.load_state_dict(saved['model'])
-        optimizer.load_state_dict(saved['optimizer'])
-        scaler.load_state_dict(saved['scaler'])
-        epoch, batch_index = saved['epoch'], saved['batch']
-        set_random_states(saved['random'][processes.rank if len(saved['random']) == world else 0])
-    if config['compile']:
-        for name, module in model.named_children():
-            if name.endswith('backbone'):
-                module.compile()  # in place: names in the checkpoint stay
-    wrapped = model
-    if dist.is_initialized():
-        warnings.filterwarnings('ignore', message='.*broadcast_buffers')  # torch 2.15's new name is too new
-        wrapped = DistributedDataParallel(model, device_ids=[device.index] if device.type == 'cuda' else None,
-                                          broadcast_buffers=False, gradient_as_bucket_view=True)
-    step, last_step = epoch * steps_per_epoch + batch_index, epochs * steps_per_epoch
+    step = restore(saved, model, optimizer, scaler, processes) if saved else 0
+    for name, module in model.named_children():
+        if config['compile'] and name.endswith('backbone'):
+            module.compile()  # in place: names in the checkpoint stay
+    wrapped = distributed(model, device)
 
-    stop = StopSignal()
-    log = Log(folder, config, processes.main, config['tensorboard'])
-    if config['method'] == 'mocov2' and config['moco']['queue'] > images:
-        log.write(f"moco.queue: {config['moco']['queue']} keys of {images} images: many negatives are views of the "
-                  "query's own image; a quarter of the images is a usual size")
+    stop, log = StopSignal(), Log(folder, config, processes.main, config['tensorboard'])
     if processes.main and not saved:
-        export(folder / 'backbone_init.pt', model, config, mean, std)
+        save_backbone(folder / 'backbone_init.pt', model.backbone, config, mean, std)
     log.write(enlarged)
-    log.write(f"{config['method']} {describe(config['backbone'])[1]}, {sum(p.numel() for p in trained) / 1e6:.2f} M "
-              f"trained parameters; {images} images, {loader.sidecar['with_view']} with a synthetic view; global batch "
-              f"{config['batch_size']} on {world} process{'es' * (world > 1)} ({device.type}, "
-              f"{str(dtype).split('.')[1]}); {steps_per_epoch} steps an epoch, {last_step} in all"
-              + (f'; resumed at step {step}' if saved else ''))
-
-    # Figures since the last log line stay on the device: reading one would wait for the GPU.
-    never = torch.tensor(last_step + 1, device=device)
-    first_bad, loss_sum, counted = never.clone(), torch.zeros((), device=device), 0
-    waited, since, last_saved = 0.0, time.perf_counter(), step if saved else None
-
-    def stop_if_not_finite(parameters=()):
-        bad = first_bad.clone()
-        if parameters and not torch.stack(torch._foreach_norm(parameters)).isfinite().all():
-            bad = bad.clamp(max=step)  # the update of the last step did it: its own loss was still finite
-        if dist.is_initialized():
-            dist.all_reduce(bad, dist.ReduceOp.MIN)
-        if bad < never:
-            good = f'the last good checkpoint is {checkpoint} (step {last_saved})' if last_saved is not None else \
-                'there is no checkpoint yet'
-            raise Fail(f'step {int(bad)}: the loss or the weights are not finite; {good}. Lower optimizer.lr, raise '
-                       'optimizer.warmup_epochs or set precision=fp32')
-
-    def save():
-        nonlocal last_saved
-        stop_if_not_finite(trained)
-        average_running_statistics(model)
-        states = [random_states()]
-        if dist.is_initialized():
-            states = [None] * world
-            dist.all_gather_object(states, random_states())
-        if processes.main:
-            save_checkpoint(checkpoint, {
-                'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(),
-                'epoch': epoch, 'batch': batch_index, 'step': step, 'random': states, 'config': config,
-                'beton': beton})
-        last_saved = step
-        processes.barrier()  # nobody goes on, or leaves, before it is written
+    introduce(log, model, loader, config, processes, dtype, steps_per_epoch, step)
+    losses, waited, since, last_saved, leave = [], 0.0, time.perf_counter(), step if saved else None, False
 
     def look_at_neighbours():
-        nonlocal since
-        begin = time.perf_counter()
-        if monitor and epoch and (epoch % config['knn']['every'] == 0 or epoch == epochs):
-            average_running_statistics(model)
-            accuracy = monitor.accuracy(model.backbone)
-            log.write(f'epoch {epoch}: kNN accuracy {accuracy:.2%}', step=step, knn_accuracy=round(accuracy, 5))
-        since += time.perf_counter() - begin  # images/s are those of training
+        average_running_statistics(model)
+        accuracy = monitor.accuracy(model.backbone)
+        log.write(f'epoch {step // steps_per_epoch}: kNN accuracy {accuracy:.2%}', step=step,
+                  knn_accuracy=round(accuracy, 5))
 
-    bar = tqdm(total=last_step, initial=step, unit='step', dynamic_ncols=True, disable=None if processes.main else True)
-    leave = False
-    if saved and not batch_index and f'"step": {step}, "knn_accuracy"' not in (folder / 'log.jsonl').read_text():
+    def asked_for_neighbours():
+        epoch, batch = divmod(step, steps_per_epoch)
+        return monitor and epoch and not batch and (epoch % knn['every'] == 0 or epoch == epochs)
+
+    if saved and asked_for_neighbours() and f'"step": {step}, "knn_accuracy"' not in (folder / 'log.jsonl').read_text():
         look_at_neighbours()  # the run ended between saving the epoch and this
-    while epoch < epochs and not leave:
-        with closing(loader.epoch(epoch, batch_index * accumulate)) as batches:
-            while batch_index < steps_per_epoch and not leave:
-                look = (step + 1) % config['log_every'] == 0 or step + 1 == last_step
-                rate = learning_rate(step, steps_per_epoch, epochs, settings)
-                for group in optimizer.param_groups:
-                    group['lr'] = settings['lr'] if group['fixed_lr'] else rate
-                model.before_step(step)
-                optimizer.zero_grad()
-                step_loss = 0
-                for micro_batch in range(accumulate):
-                    begin = time.perf_counter()
-                    batch = next(batches)
-                    waited += time.perf_counter() - begin
-                    views = [v.to(device, non_blocking=True) for v in batch['views']]
-                    last = micro_batch + 1 == accumulate
-                    with nullcontext() if last or wrapped is model else wrapped.no_sync():
-                        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-                            weights, qualities = quality(*views[:2]) if quality else (1.0, None)
-                            loss, extra, figures = wrapped(views, step, look)
-                        loss = ((loss * weights).mean() + extra) / accumulate
-                        scaler.scale(loss).backward()
-                    step_loss += loss.detach()
-                for parameter in model.frozen(step):
-                    parameter.grad = None
-                if settings['clip_grad']:
-                    scaler.unscale_(optimizer)
-                    torch.nn.utils.clip_grad_norm_(trained, settings['clip_grad'])
-                scaler.step(optimizer)
-                scaler.update()
-                model.after_step(step)
-                loss_sum += step_loss
-                counted += 1
-                first_bad = torch.where(torch.isfinite(step_loss), first_bad, first_bad.clamp(max=step + 1))
-                step, batch_index = step + 1, batch_index + 1
-                bar.update()
+    bar = tqdm(total=last_step, initial=step, unit='step', dynamic_ncols=True, disable=None if processes.main else True)
+    with closing(micro_batches(loader, step, steps_per_epoch, accumulate)) as batches:
+        while step < last_step and not leave:
+            look = (step + 1) % config['log_every'] == 0 or step + 1 == last_step
+            rate = learning_rate(step, steps_per_epoch, epochs, settings)
+            for group in optimizer.param_groups:
+                group['lr'] = settings['lr'] if group['fixed_lr'] else rate
+            model.before_step(step)
+            optimizer.zero_grad()
+            losses.append(torch.zeros((), device=device))  # on the device: reading one would wait for the GPU
+            for micro_batch in range(accumulate):
+                asked = time.perf_counter()
+                batch = next(batches)
+                waited += time.perf_counter() - asked
+                views = [view.to(device, non_blocking=True) for view in batch['views']]
+                last = micro_batch + 1 == accumulate
+                with nullcontext() if last or wrapped is model else wrapped.no_sync():
+                    with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+                        weights, qualities = quality(*views[:2]) if quality else (1.0, None)
+                        loss, extra, figures = wrapped(views, step, look)
+                    loss = ((loss * weights).mean() + extra) / accumulate
+                    scaler.scale(loss).backward()
+                losses[-1] += loss.detach()
+            for parameter in model.frozen(step):
+                parameter.grad = None
+            if settings['clip_grad']:
+                scaler.unscale_(optimizer)
+                torch.nn.utils.clip_grad_norm_(trained, settings['clip_grad'])
+            scaler.step(optimizer)
+            scaler.update()
+            model.after_step(step)
+            step += 1
+            bar.update()
 
-                if look:
-                    stop_if_not_finite()
-                    seconds = time.perf_counter() - since
-                    line = {'step': step, 'epoch': round(step / steps_per_epoch, 4),
-                            'loss': global_mean(loss_sum / counted), 'lr': rate,
-                            'images_per_second': round(counted * config['batch_size'] / seconds, 1),
-                            'data_wait': round(waited / seconds, 4),
-                            **{key: global_mean(value) for key, value in figures.items()}}
-                    dim = config[BLOCKS[config['method']]]['dim']
-                    line['feature_std_ratio'] = line['feature_std'] * dim ** 0.5  # 0: collapsed
-                    if quality:
-                        for name, values in (('quality', qualities), ('weight', weights)):
-                            line |= {f'{name}_mean': values.mean().item(), f'{name}_min': values.min().item(),
-                                     f'{name}_max': values.max().item()}
-                    loss_sum, counted, waited, since = torch.zeros_like(loss_sum), 0, 0.0, time.perf_counter()
-                    shown = [f"{label} {line[key]:.{digits}f}" for label, key, digits in (
-                        ('loss', 'loss', 4), ('top-1', 'contrastive_top1', 3), ('entropy', 'assignment_entropy', 2),
-                        ('std', 'feature_std_ratio', 2)) if key in line]
-                    collapsed = min(line['feature_std_ratio'], line.get('assignment_entropy', 1)) < 0.05
-                    text = (f"{'  '.join(shown)}{' COLLAPSED' * collapsed}  lr {rate:.4g}  "
-                            f"{line['images_per_second']:.0f} images/s")
-                    bar.set_postfix_str(text)
-                    log.write(f"epoch {line['epoch']:.2f}/{epochs}  step {step}/{last_step}  {text}  data wait "
-                              f"{line['data_wait']:.0%}" if bar.disable else None, **line)
-                ended = batch_index == steps_per_epoch
-                leave = processes.any(stop) and step < last_step
-                every = config['save_every_steps']
-                if leave or not ended and every and batch_index % every == 0:
-                    if ended:
-                        epoch, batch_index = epoch + 1, 0
-                    save()
-        if not leave:
-            epoch, batch_index, begin = epoch + 1, 0, time.perf_counter()
-            if epoch % config['save_every_epochs'] == 0 or epoch == epochs:
-                save()
-            since += time.perf_counter() - begin
-            look_at_neighbours()
+            if look:
+                stop_if_not_finite(losses, [], step, last_saved, checkpoint)
+                seconds = time.perf_counter() - since
+                line = {'step': step, 'epoch': round(step / steps_per_epoch, 4), 'lr': rate,
+                        'images_per_second': round(len(losses) * config['batch_size'] / seconds, 1),
+                        'data_wait': round(waited / seconds, 4),
+                        **health(losses, figures, weights, qualities, config)}
+                bar.set_postfix_str(in_words(line))
+                log.write(f"epoch {line['epoch']:.2f}/{epochs}  step {step}/{last_step}  {in_words(line)}  data wait "
+                          f"{line['data_wait']:.0%}" if bar.disable else None, **line)
+                losses, waited, since = [], 0.0, time.perf_counter()
+            leave, paused = processes.any(stop) and step < last_step, time.perf_counter()
+            if leave or due(*divmod(step, steps_per_epoch), config):
+                stop_if_not_finite(losses, trained, step, last_saved, checkpoint)
+                save(checkpoint, model, optimizer, scaler, step, steps_per_epoch, config, beton, processes)
+                last_saved = step
+            if not leave and asked_for_neighbours():
+                look_at_neighbours()
+            since += time.perf_counter() - paused  # images/s are those of training
     bar.close()
     if leave:
         log.write(f'{stop.name or "stop signal"}: saved at step {step} of {last_step}; the same command resumes')
         if config['requeue'] and processes.any(stop.name == 'SIGUSR1'):  # SIGTERM may be scancel: not to be undone
             log.write(stop.requeue() if processes.main else None)
     elif processes.main:
-        export(folder / 'backbone.pt', model, config, mean, std)
-        log.plot('loss.png', ['loss'], ['contrastive_top1', 'assignment_entropy', 'feature_std_ratio', 'knn_accuracy'])
-        log.write(f"done: {folder / 'backbone.pt'}, {folder / 'loss.png'}")
+        save_backbone(finished, model.backbone, config, mean, std)
+        curves(folder / 'loss.png', folder / 'log.jsonl', ['loss'],
+               ['contrastive_top1', 'assignment_entropy', 'feature_std_ratio', 'knn_accuracy'])
+        log.write(f"done: {finished}, {folder / 'loss.png'}")
     log.close()
     if leave:
         sys.exit(stop.exit_code)

@@ -3,7 +3,7 @@
     python semi_eval.py yamls/semi_eval/in1k_1percent.yaml checkpoint=runs/in1k/mocov3_genview/backbone.pt
     torchrun --nproc-per-node 8 semi_eval.py yamls/semi_eval/in1k_10percent.yaml checkpoint=resnet50.pth
 
-checkpoint is any file that models.load_backbone recognises. The images come from betons, of which only `image` is used
+checkpoint is any file that checkpoints.load_backbone recognises. The images come from betons, of which only `image` is used
 (gen_views.py, strategy: none); those whose labels may be used are SimCLR's published list (subset.file) or the same
 number of each class, drawn from the seed. subset.txt in the run folder names them by their index in the dataset, and
 can be the subset.file of another run.
@@ -15,9 +15,7 @@ batch norm are those of the global batch.
 """
 import json
 import math
-import sys
 import time
-import warnings
 from contextlib import closing
 from hashlib import sha256
 from pathlib import Path
@@ -26,14 +24,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from common import (Fail, Log, Processes, StopSignal, atomic, changed_keys, load_checkpoint, precision_dtype,
-                    random_states, run, save_checkpoint, save_json, seed_everything, set_random_states)
-from data import PairLoader, normalization, source_dataset
-from models import (average_running_statistics, digest, global_mean, hits, load_backbone, normalize, percent,
-                    synchronize_batch_norm)
+from checkpoints import backbone_of, digest
+from common import (Fail, Log, Processes, StopSignal, answered, atomic, earlier, precision_dtype, random_states, restore, run,
+                    save_checkpoint, save_json, seed_everything)
+from data import PairLoader
+from features import hits, labelled, percent, plain_images
+from models import average_running_statistics, distributed, global_mean, normalize, synchronize_batch_norm
+from sources import source_dataset
 
 DEFAULTS = """
 checkpoint: null        # backbone.pt of pretrain.py, or another's file (.pth, .safetensors)
@@ -170,35 +169,51 @@ class Classifier(nn.Module):
         return self.head(self.backbone(normalize(images, self.mean, self.std)))
 
 
+def optimizer_of(model, config):
+    return torch.optim.SGD([{'params': list(model.backbone.parameters()), 'base_lr': config['lr_backbone']},
+                            {'params': list(model.head.parameters()), 'base_lr': config['lr_head']}], lr=0.0,
+                           momentum=config['momentum'], nesterov=config['nesterov'],
+                           weight_decay=config['weight_decay'])
+
+
+def save(checkpoint, model, optimizer, scaler, step, identity, processes):
+    if not torch.stack(torch._foreach_norm(list(model.parameters()))).isfinite().all():
+        raise Fail(f'step {step}: the weights are not finite; lower lr_backbone or lr_head, or set precision=fp32')
+    average_running_statistics(model)
+    if processes.main:
+        save_checkpoint(checkpoint, {
+            'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(),
+            'step': step, 'random': random_states(), 'config': identity})
+    processes.barrier()
+
+
+@torch.no_grad()
+def accuracy(model, loader, n, autocast, processes):
+    """Top-1 and top-5 in percent over n test images. loader: of those of this process, None where it has none."""
+    counts = torch.zeros(2, dtype=torch.double, device=processes.device)
+    with autocast, closing(loader.epoch(0) if loader else (_ for _ in ())) as batches:
+        for batch in tqdm(batches, 'test', len(loader or ()), disable=None if processes.main else True):
+            counts += hits(model(batch['views'][0].to(processes.device)).float(),
+                           batch['label'].to(processes.device))
+    return percent(counts, n, processes)
+
+
 def main(config):
     processes = Processes(config['device'])
     device, world = processes.device, processes.world
     check(config, world)
     dtype = precision_dtype(config['precision'], device)
-    backbone, info = load_backbone(config['checkpoint'], **config['backbone'])
-    mean, std = normalization(config['normalization'], (info['mean'], info['std']))
-    size = config['image_size'] or info['image_size'] or 224
-    if size % (info['patch_size'] or 1):
-        raise Fail(f"image_size: {size} is not a multiple of the {info['patch_size']} px patches of {info['arch']}")
-    folder = Path(config['output'] or f"{Path(config['checkpoint']).with_suffix('')}_semi")
+    backbone, info = backbone_of(config)
+    size, folder = info['image_size'], Path(config['output'] or f"{Path(config['checkpoint']).with_suffix('')}_semi")
 
     # Data: everything is checked before anything is written
-    recipes = {'train': {'size': size, 'crop_scale': config['crop_scale'], 'flip': config['flip']},
-               'test': {'size': size, 'resize': config['resize'] or size, 'crop_scale': None}}
-
-    def images(part, **keywords):
-        return PairLoader(config[f'{part}_beton'], [recipes[part]], alpha=0, swap='first', seed=config['seed'],
-                          num_workers=config['num_workers'], pin_memory=device.type == 'cuda', **keywords)
-    everything = images('train', batch_size=1, verify=processes.main)
-    every_test = images('test', batch_size=1, verify=processes.main)
+    recipe = {'size': size, 'crop_scale': config['crop_scale'], 'flip': config['flip']}
+    plain = {'size': size, 'resize': config['resize'] or size, 'crop_scale': None}
+    everything, every_test = (labelled(config[f'{part}_beton'], plain, processes) for part in ('train', 'test'))
     labels, indices = (everything.metadata[field].astype(np.int64) for field in ('f2', 'f3'))
-    n_test, test_labels, classes = every_test.sidecar['samples'], every_test.metadata['f2'], int(labels.max()) + 1
-    for part, found in (('train', labels), ('test', test_labels)):
-        if found.min() < 0:
-            raise Fail(f"{config[f'{part}_beton']}: there are images without label (-1)")
-    if test_labels.max() >= classes:
-        raise Fail(f"{config['test_beton']}: has a label {test_labels.max()}; those of the training images end at "
-                   f'{classes - 1}')
+    n_test, last_label, classes = len(every_test.metadata), every_test.metadata['f2'].max(), int(labels.max()) + 1
+    if last_label >= classes:
+        raise Fail(f"{config['test_beton']}: has a label {last_label}; those of the training images end at {classes - 1}")
     subset = config['subset']
     if subset['file']:
         chosen, lost = listed(subset['file'], subset['root'], everything.sidecar, indices)
@@ -206,76 +221,41 @@ def main(config):
         chosen, lost = balanced(labels, subset['share'], config['seed']), 0
     if config['batch_size'] > len(chosen):
         raise Fail(f"batch_size: {config['batch_size']} is more than the {len(chosen)} images of the subset")
-    loader = images('train', batch_size=config['batch_size'] // world, rank=processes.rank, world=world, indices=chosen,
-                    verify=False)
-    mine = np.arange(processes.rank, n_test, world)
-    tests = images('test', batch_size=min(config['batch'], len(mine)), drop_last=False, shuffle=False, indices=mine,
-                   verify=False) if len(mine) else None
-    steps = len(loader)
+    loader = PairLoader(config['train_beton'], [recipe], alpha=0, swap='first', batch_size=config['batch_size'] // world,
+                        seed=config['seed'], num_workers=config['num_workers'], rank=processes.rank, world=world,
+                        indices=chosen, verify=False, pin_memory=device.type == 'cuda')
+    mine, steps = np.arange(processes.rank, n_test, world), len(loader)
+    tests = plain_images(config['test_beton'], plain, config['batch'], config['num_workers'], mine,
+                         device.type == 'cuda') if len(mine) else None
 
     # The same question again: show the answer, or go on where it stopped
     question = [everything.sidecar['crc32'], every_test.sidecar['crc32'], chosen.tolist(), digest(backbone)]
     identity = {**config, 'sha256': sha256(json.dumps(question).encode()).hexdigest()}
     results_path, checkpoint = folder / 'results.json', folder / 'checkpoint.pt'
-    for path, read in ((results_path, lambda p: json.loads(p.read_text())), (checkpoint, load_checkpoint)):
-        saved = read(path) if path.is_file() else None
-        changed = changed_keys(saved['config'], identity, BOOKKEEPING) if saved else []
-        if changed:
-            raise Fail(f"{path} was made with other settings: {'; '.join(changed)}. Go back to them, or set another "
-                       'output=')
-        if saved and path == results_path:
-            if processes.main:
-                print(f"{saved['summary']} (finished before: {results_path})")
-            return
+    if answered(results_path, identity, BOOKKEEPING, processes):
+        return
+    saved = earlier(checkpoint, identity, BOOKKEEPING)
 
     seed_everything(config['seed'])  # the same on all processes: they build the same classifier
     torch.set_float32_matmul_precision('high')
-    model = Classifier(backbone, classes, mean, std).to(device, memory_format=torch.channels_last)
+    model = Classifier(backbone, classes, info['mean'], info['std']).to(device, memory_format=torch.channels_last)
     model = synchronize_batch_norm(model, device)
-    optimizer = torch.optim.SGD([{'params': list(model.backbone.parameters()), 'base_lr': config['lr_backbone']},
-                                 {'params': list(model.head.parameters()), 'base_lr': config['lr_head']}], lr=0.0,
-                                momentum=config['momentum'], nesterov=config['nesterov'],
-                                weight_decay=config['weight_decay'])
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    optimizer, scaler = optimizer_of(model, config), torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
-    step, last_step = 0, steps * config['epochs']
-    if saved:
-        model.load_state_dict(saved['model'])
-        optimizer.load_state_dict(saved['optimizer'])
-        scaler.load_state_dict(saved['scaler'])
-        step = saved['step']
-        set_random_states(saved['random'])
-    wrapped = model
-    if world > 1:
-        warnings.filterwarnings('ignore', message='.*broadcast_buffers')  # torch 2.15's new name is too new
-        wrapped = DistributedDataParallel(model, device_ids=[device.index] if device.type == 'cuda' else None,
-                                          broadcast_buffers=False, gradient_as_bucket_view=True)
+    step = restore(saved, model, optimizer, scaler, processes) if saved else 0
+    last_step, wrapped = steps * config['epochs'], distributed(model, device)
 
-    stop = StopSignal()
-    log = Log(folder, config, processes.main, config['tensorboard'])
+    stop, log = StopSignal(), Log(folder, config, processes.main, config['tensorboard'])
     if processes.main:
         atomic(folder / 'subset.txt', lambda p: p.write_text(''.join(f'{i}\n' for i in indices[chosen])))
-    source = config['normalization'] or ('its own' if info['mean'] else 'imagenet (the file names none)')
-    log.write(f"{config['checkpoint']}: {info['text']}{'; ' * bool(info['note'])}{info['note']}; normalisation "
-              f'{source}, {size} px; {len(chosen)} of {len(labels)} images, {classes} classes, {n_test} test images'
+    log.write(f"{info['text']}; {len(chosen)} of {len(labels)} images, {classes} classes, {n_test} test images"
               + f'; {lost} of the list are not in the beton' * (lost > 0))
     decay = f"x {config['gamma']} after epochs {config['milestones']}" if config['milestones'] else 'cosine'
     log.write(f"SGD, lr {config['lr_backbone']} (backbone) and {config['lr_head']} (head), not scaled by the batch; "
               f"{decay}, momentum {config['momentum']}, weight decay {config['weight_decay']}, {config['epochs']} "
               f"epochs of {steps} steps, global batch {config['batch_size']} on {world} process{'es' * (world > 1)} "
               f"({device.type}, {str(dtype).split('.')[1]})" + (f'; resumed at step {step}' if saved else ''))
-    begin, leave, loss_sum, counted = time.perf_counter(), False, torch.zeros((), device=device), 0
-
-    def save():
-        if not torch.stack(torch._foreach_norm(list(model.parameters()))).isfinite().all():
-            raise Fail(f'step {step}: the weights are not finite; lower lr_backbone or lr_head, or set precision=fp32')
-        average_running_statistics(model)
-        if processes.main:
-            save_checkpoint(checkpoint, {
-                'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(),
-                'step': step, 'random': random_states(), 'config': identity})
-        processes.barrier()
-
+    begin, leave, losses = time.perf_counter(), False, []
     bar = tqdm(total=last_step, initial=step, unit='step', dynamic_ncols=True, disable=None if processes.main else True)
     model.train()
     while step < last_step and not leave:
@@ -290,37 +270,31 @@ def main(config):
                 scaler.scale(loss).backward()
                 scaler.step(optimizer)
                 scaler.update()
-                loss_sum, counted, step = loss_sum + loss.detach(), counted + 1, step + 1
+                losses.append(loss.detach())
+                step += 1
                 bar.update()
                 if step % config['log_every'] == 0 or step == last_step:
-                    mean_loss, factor = global_mean(loss_sum / counted), rate(step - 1, steps, config)
+                    mean_loss, factor = global_mean(torch.stack(losses).mean()), rate(step - 1, steps, config)
                     log.write(f'epoch {step / steps:.2f}/{config["epochs"]}  step {step}/{last_step}  loss '
                               f'{mean_loss:.4f}' if bar.disable else None, step=step, loss=mean_loss,
                               lr_backbone=config['lr_backbone'] * factor, lr_head=config['lr_head'] * factor)
-                    loss_sum, counted = torch.zeros_like(loss_sum), 0
+                    losses = []
                 leave = processes.any(stop) and step < last_step
                 if leave:
                     break
-        save()
+        save(checkpoint, model, optimizer, scaler, step, identity, processes)
     bar.close()
     if leave:
-        log.write(f'{stop.name or "stop signal"}: saved at step {step} of {last_step}; the same command resumes')
-        log.close()
-        sys.exit(stop.exit_code)
+        stop.leave(log, f'saved at step {step} of {last_step}; the same command resumes')
 
-    model.eval()
-    counts = torch.zeros(2, dtype=torch.double, device=device)
-    with torch.no_grad(), autocast, closing(tests.epoch(0) if tests else (_ for _ in ())) as batches:
-        for batch in tqdm(batches, 'test', len(tests or ()), disable=None if processes.main else True):
-            counts += hits(model(batch['views'][0].to(device)).float(), batch['label'].to(device))
-    top1, top5 = percent(counts, n_test, processes)
+    top1, top5 = accuracy(model.eval(), tests, n_test, autocast, processes)
     summary = (f"{config['checkpoint']}: fine-tuned on {len(chosen)} of {len(labels)} images: top-1 {top1:.2f}  top-5 "
                f'{top5:.2f} ({n_test} test images)')
     if processes.main:
         save_json(results_path, {
             'summary': summary, 'top1': top1, 'top5': top5, 'train_images': len(chosen), 'all_images': len(labels),
-            'test_images': n_test, 'classes': classes, 'mean': list(mean), 'std': list(std), 'image_size': size,
-            'seconds': round(time.perf_counter() - begin, 1), 'config': identity})
+            'test_images': n_test, 'classes': classes, 'mean': list(info['mean']), 'std': list(info['std']),
+            'image_size': size, 'seconds': round(time.perf_counter() - begin, 1), 'config': identity})
         checkpoint.unlink(missing_ok=True)
     log.write(f'{summary} -> {results_path}', step=step, top1=top1, top5=top5)
     log.close()

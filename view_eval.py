@@ -12,7 +12,6 @@ config.yaml, versions.json and log.jsonl into `output`. It takes minutes; killed
 
 A further measure is a function of its own whose result joins `results` in main.
 """
-import json
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +19,12 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import Fail, Log, Processes, atomic, changed_keys, precision_dtype, run, save_json
+from common import Fail, Log, Processes, answered, precision_dtype, run, save_json
 from data import PairLoader
+from features import everywhere
+from frozen_clip import FrozenClip, Quality
 from loss import pair_quality
-from models import FrozenClip, Quality, gather, normalize
+from pictures import grid, histograms
 
 DEFAULTS = """
 pairs: null             # paired beton of gen_views.py
@@ -62,27 +63,17 @@ def loader_of(config, size, positions, verify=False):
                       verify=verify)
 
 
-def everywhere(rows, n, processes):
-    """Rows of every world-th pair from each process -> (n, ...) in the order of the pairs, on the CPU of all."""
-    share, rest = -(-n // processes.world), rows.shape[1:]
-    padded = F.pad(rows, (0, 0) * len(rest) + (0, share - len(rows))).to(processes.device)
-    return gather(padded).view(processes.world, share, *rest).transpose(0, 1).flatten(0, 1)[:n].cpu()
-
-
 @torch.no_grad()
 def embed(config, clip, pc, positions, processes, dtype):
     """Embeddings of length 1 of originals and views (N, D) and quality of the pairs (N,) (None without pc)."""
     device, mine = processes.device, positions[processes.rank::processes.world]
-    mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (clip.mean, clip.std))
     rows = [torch.empty(0, 2 * clip.embedding_dim + 1)]
     if len(mine):
         loader = loader_of(config, clip.image_size, mine)
         for batch in tqdm(loader.epoch(0), 'embeddings', len(loader), disable=None if processes.main else True):
-            images = normalize(torch.cat(batch['views']).to(device), mean, std)
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                tokens, embedding = clip.forward(images)
-            quality = torch.zeros(len(images) // 2, device=device) if pc is None else pair_quality(*tokens.chunk(2), pc)
-            rows.append(torch.cat([*F.normalize(embedding.float()).chunk(2), quality[:, None]], 1).cpu())
+            tokens, embedding = clip.encode(torch.cat(batch['views']), dtype)
+            quality = torch.zeros(len(tokens) // 2, device=device) if pc is None else pair_quality(*tokens.chunk(2), pc)
+            rows.append(torch.cat([*F.normalize(embedding).chunk(2), quality[:, None]], 1).cpu())
     rows = everywhere(torch.cat(rows), len(positions), processes)
     if not rows.isfinite().all():
         raise Fail(f'precision: embeddings are not finite in {str(dtype)[6:]}; set precision=fp32')
@@ -114,51 +105,6 @@ def by_level(values, levels):
     return {'all': describe(values)} | {str(level): describe(values[levels == level]) for level in np.unique(levels)}
 
 
-# ---------------------------------------------------------------------------------------------------
-# Pictures
-
-def draw_curves(path, groups):
-    """Histograms beside each other: title -> {name: values}."""
-    import matplotlib
-    matplotlib.use('Agg')
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(1, len(groups), figsize=(5 * len(groups), 3.2), squeeze=False, layout='constrained')
-    for axis, (title, curves) in zip(axes[0], groups.items()):
-        every = torch.cat(list(curves.values()))
-        bins = np.linspace(every.min().item() - 0.01, every.max().item() + 0.01, 41)  # also where all are the same
-        for name, values in curves.items():
-            axis.hist(np.asarray(values), bins, histtype='step',
-                      label=f'{name}: {float(values.mean()):.3f} ({len(values):,})')
-        axis.set(xlabel=title, ylabel='pairs')
-        axis.legend(frameon=False, fontsize=7, title='mean (pairs)', title_fontsize=7)
-    atomic(path, lambda temporary: figure.savefig(temporary, dpi=120))
-    pyplot.close(figure)
-
-
-def draw_pairs(path, rows):
-    """rows: (heading, [(three images (3, S, S), title)]), ten to a line: original, view, nearest other original."""
-    import matplotlib
-    matplotlib.use('Agg')
-    from matplotlib import pyplot
-    lines = [(heading, examples[k:k + 10]) for heading, examples in rows for k in range(0, len(examples), 10)]
-    figure, axes = pyplot.subplots(3 * len(lines), 10, figsize=(11, 3.7 * len(lines)), squeeze=False)
-    for axis in axes.flat:
-        axis.set(xticks=[], yticks=[])
-        axis.set_frame_on(False)
-    for number, (heading, examples) in enumerate(lines):
-        for column, (images, title) in enumerate(examples):
-            for k, image in enumerate(images):
-                axes[3 * number + k, column].imshow(image.permute(1, 2, 0).numpy())
-            axes[3 * number, column].set_title(title, fontsize=7, pad=2)
-        for k, what in enumerate((f'{heading}\noriginal', 'view', 'nearest other')):
-            axes[3 * number + k, 0].set_ylabel(what, fontsize=8)
-    figure.tight_layout(pad=0.4)
-    atomic(path, lambda temporary: figure.savefig(temporary, dpi=110))
-    pyplot.close(figure)
-
-
-# ---------------------------------------------------------------------------------------------------
-
 def main(config):
     check(config)
     processes = Processes(config['device'])
@@ -166,12 +112,8 @@ def main(config):
     whole = loader_of(config, 8, None, verify=processes.main)
     folder = Path(config['output'] or Path(config['pairs']).parent / 'view_eval')
     identity, path = {**config, 'crc32': whole.sidecar['crc32']}, folder / 'results.json'
-    if path.is_file():
-        old = json.loads(path.read_text())
-        if not changed_keys(old['config'], identity, BOOKKEEPING):
-            if processes.main:
-                print(f"{old['summary']} (finished before: {path})")
-            return
+    if answered(path, identity, BOOKKEEPING, processes, anew=True):
+        return
     positions = np.flatnonzero(whole.metadata['f4'] >= 0)
     without = whole.sidecar['samples'] - len(positions)
     if len(positions) < 2:
@@ -203,22 +145,24 @@ def main(config):
     if quality is not None:
         results['quality'] = by_level(quality, levels)
 
-    curves = {'cosine with the original': {'view': cosine, 'nearest other image': retrieved,
-                                           'unrelated view': unrelated},
-              'cosine by noise level': {level: cosine[levels == int(level)] for level in names}}
+    cosines = {'view': cosine, 'nearest other image': retrieved, 'unrelated view': unrelated}
+    panels = [('cosine with the original', cosines), ('cosine by noise level', {l: cosine[levels == int(l)] for l in names})]
     if quality is not None:
-        curves['quality by noise level'] = {level: quality[levels == int(level)] for level in names}
-    draw_curves(folder / 'cosine.png', curves)
+        panels.append(('quality by noise level', {l: quality[levels == int(l)] for l in names}))
+    histograms(folder / 'cosine.png', [(title, 'pairs', {
+        f'{name}: mean {values.mean():.3f} ({len(values):,})': values.numpy() for name, values in curves.items()}, None)
+        for title, curves in panels])
     score, what = (cosine, 'cosine') if quality is None else (quality, 'quality')
     order, count = score.argsort(), min(config['examples'], len(score) // 2)
-    rows, size = [], min(128, whole.sidecar['max_resolution'])
+    sections, size = [], min(128, whole.sidecar['max_resolution'])
     for heading, chosen in ((f'worst {what}', order[:count]), (f'best {what}', order.flip(0)[:count])):
         both = positions[torch.cat([chosen, neighbours[chosen]]).numpy()]  # the pairs, then their neighbours: one batch
         first, second = next(loader_of({**config, 'batch': 2 * count}, size, both).epoch(0))['views']
         titles = [f'{what} {score[i]:.2f}\n' + f'cos {cosine[i]:.2f}, ' * (what == 'quality') + f'level {levels[i]}'
                   for i in chosen.tolist()]
-        rows.append((heading, list(zip(zip(first[:count], second[:count], first[count:]), titles))))
-    draw_pairs(folder / 'pairs.png', rows)
+        trios = zip(*(part.permute(0, 2, 3, 1).numpy() for part in (first[:count], second[:count], first[count:])))
+        sections.append(((f'{heading}\noriginal', 'view', 'nearest other'), list(zip(titles, trios))))
+    grid(folder / 'pairs.png', sections)
 
     for level in names:
         log.write(f'noise level {level}: ' + ', '.join(f"{key} {results[key][level]['mean']:.3f}" for key in (

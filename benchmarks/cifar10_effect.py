@@ -17,21 +17,18 @@ or of the models delete runs/effect.
 """
 import fcntl
 import json
-import platform
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
 from scipy.stats import mannwhitneyu, ttest_ind
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / 'tiny')]
-from common import save_json  # noqa: E402
-from data import PairLoader  # noqa: E402
-from models import Quality  # noqa: E402
+import bench
+from bench import ROOT, device_name, stage
+from common import save_json
+from data import PairLoader
+from frozen_clip import Quality
 
 RUN, RESULTS = Path('runs/effect'), ROOT / 'results/cifar10_effect.json'
 PLAIN, WEIGHTED = ['quality.enabled=false'], ['quality.enabled=true']
@@ -46,22 +43,6 @@ ROWS = {  # row: (views, keys of yamls/pretrain/effect.yaml)
 TITLES = {'baseline': 'baseline (alpha 0)', 'quality': 'baseline + quality weights', 'constant': 'views, level 200',
           'random': 'views, random level', 'adaptive': 'views, adaptive level',
           'adaptive_quality': 'views, adaptive level + quality weights'}
-
-
-def stage(script, *arguments):
-    print(f"\n=== python {script} {' '.join(arguments)}", flush=True)
-    start = time.time()
-    if code := subprocess.run([sys.executable, script, *arguments], cwd=ROOT).returncode:
-        sys.exit(f'{script} ended with exit code {code}; its message stands above. The same command goes on from here')
-    return time.time() - start
-
-
-def device_name():
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    model = [line.split(':')[1].strip() for line in open('/proc/cpuinfo') if line.startswith('model name')] \
-        if Path('/proc/cpuinfo').exists() else [platform.processor()]
-    return f'{model[0]}, {torch.get_num_threads()} threads'
 
 
 def results():
@@ -125,12 +106,7 @@ def judged(path):
 
 
 def main():
-    options = dict(rows=','.join(ROWS), seeds='0,1,2', judge='')
-    for argument in sys.argv[1:]:
-        key, _, value = argument.partition('=')
-        if key not in options:
-            sys.exit(f'unknown option {key!r}; known are {", ".join(options)}')
-        options[key] = value
+    options = bench.options(rows=','.join(ROWS), seeds='0,1,2', judge='')
     rows = [row for row in options['rows'].split(',') if row]
     if unknown := set(rows) - set(ROWS):
         sys.exit(f'no row {", ".join(unknown)}; there are {", ".join(ROWS)}')

@@ -12,7 +12,6 @@ median over the rounds of stage / bare, `data_wait` the share of the stage's tim
 import json
 import os
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -21,20 +20,14 @@ import numpy as np
 import torch
 import yaml
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import fg_proportion  # noqa: E402
-from common import Log, Processes, precision_dtype  # noqa: E402
-from data import source_dataset  # noqa: E402
-from models import FrozenClip  # noqa: E402
+import bench
+import fg_proportion
+from common import Log, Processes, precision_dtype
+from frozen_clip import FrozenClip
+from sources import source_dataset
 
-options = dict(name='CIFAR10', root='data/cifar10', split='train', images=5000, model='tiny/clip', pretrained='',
-               batch_size=256, workers=os.cpu_count(), rounds=3)
-for argument in sys.argv[1:]:
-    key, _, value = argument.partition('=')
-    if key not in options:
-        sys.exit(f'unknown option {key!r}; known are {", ".join(options)}')
-    options[key] = type(options[key])(value)
+options = bench.options(name='CIFAR10', root='data/cifar10', split='train', images=5000, model='tiny/clip', pretrained='',
+                        batch_size=256, workers=os.cpu_count(), rounds=3)
 
 if __name__ == '__main__':
     processes = Processes()
@@ -65,7 +58,7 @@ if __name__ == '__main__':
 
         def bare():
             for number in range(batches):
-                sweep.encode(ready[number % len(ready)])
+                clip.encode(ready[number % len(ready)], dtype)
             if device.type == 'cuda':
                 torch.cuda.synchronize()
             return sum(len(ready[number % len(ready)]) for number in range(batches))
@@ -74,7 +67,7 @@ if __name__ == '__main__':
             sweep(name, indices, measures, lambda a, b: torch.cat([a, b]))
             return len(indices)
 
-        sweep.encode(ready[0])
+        clip.encode(ready[0], dtype)
         rounds = []
         for r in range(options['rounds']):
             rates = []

@@ -17,7 +17,6 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -27,11 +26,12 @@ from diffusers import ModelMixin
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import gen_views  # noqa: E402
-from generators import UnCLIP  # noqa: E402
-from models import FrozenClip  # noqa: E402
+import bench
+import gen_views
+from bench import ROOT
+from chunks import encode_view
+from frozen_clip import FrozenClip
+from generators import UnCLIP
 
 PEAK = {'H200': 989e12, 'H100': 989e12, 'A100': 312e12}  # operations a second, from the data sheets of the SXM boards
 IMAGENET = 1_281_167
@@ -128,24 +128,16 @@ def rate(step, seconds):
 
 
 def main():
-    options = dict(device='cuda' if torch.cuda.is_available() else 'cpu', model='', batch_size=0, rounds=3, seconds=0.0,
-                   steps=20, pixels=768, compile=0, vae_slicing=0,
-                   threads=os.cpu_count())
-    for argument in sys.argv[1:]:
-        key, _, value = argument.partition('=')
-        if key not in options:
-            sys.exit(f'unknown option {key!r}; known are {", ".join(options)}')
-        options[key] = type(options[key])(value)
+    options = bench.options(device='cuda' if torch.cuda.is_available() else 'cpu', model='', batch_size=0, rounds=3, seconds=0.0,
+                            steps=20, pixels=768, compile=0, vae_slicing=0, threads=os.cpu_count())
     gpu = options['device'] == 'cuda'
     full = (options['model'] or ('full' if gpu else 'tiny')) == 'full'  # full on a CPU: to try it out at few pixels
     batch_size = options['batch_size'] or (32 if full else 100)
     seconds = options['seconds'] or (60 if gpu else 15)
     device = torch.device(options['device'])
-    settings = yaml.safe_load(gen_views.DEFAULTS)
-    spec = {**settings['generator'], 'model': str(ROOT / 'tiny/unclip'), 'steps': options['steps'],
+    stored = (512, 'jpg') if full else (32, 'png')  # size and format of the views
+    spec = {**yaml.safe_load(gen_views.DEFAULTS)['generator'], 'model': str(ROOT / 'tiny/unclip'), 'steps': options['steps'],
             'guidance_scale': 10.0 if full else 2.0, **{k: bool(options[k]) for k in ('compile', 'vae_slicing')}}
-    if not full:
-        settings.update(view_size=32, view_format='png')
     levels, random = gen_views.LEVELS, np.random.default_rng(0)
     shape = (375, 500, 3) if full else (32, 32, 3)
     images = [Image.fromarray(random.integers(0, 256, shape, dtype=np.uint8)) for _ in range(batch_size)]
@@ -165,7 +157,7 @@ def main():
             view = theirs(images[count % batch_size], prompt='', noise_level=levels[count % 5],
                           generator=torch.Generator(device).manual_seed(count), num_inference_steps=spec['steps'],
                           guidance_scale=spec['guidance_scale']).images[0]
-            gen_views.encode(np.asarray(view), settings)
+            encode_view(np.asarray(view), *stored)
             if not np.asarray(view).any():
                 sys.exit(f'the weights overflow in {ours.dtype}: times would mean nothing')
             return 1
@@ -177,7 +169,7 @@ def main():
             views = ours.views(embeddings, np.resize(levels, batch_size), list(range(batch_size)))
             for file in files:  # of the batch before: its files were encoded meanwhile
                 file.result()
-            files[:] = [pool.submit(gen_views.encode, view, settings) for view in views]
+            files[:] = [pool.submit(encode_view, view, *stored) for view in views]
             return batch_size
 
         name = torch.cuda.get_device_name() if gpu else f'{torch.get_num_threads()} threads'

@@ -15,17 +15,13 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+import bench
+from bench import ROOT
+
 RESULTS = {'fg_proportion': ('fg_proportion.npz', 'embeddings.npy'), 'gen_views': ('views/[0-9]*.tar', 'pairs.beton')}
-options = dict(images=10_000, tasks=4, parallel=1, seconds=40.0, seed=0, root='data/cifar10',
-               output='runs/killed_array')
-for argument in sys.argv[1:]:
-    key, _, value = argument.partition('=')
-    if key not in options:
-        sys.exit(f'unknown option {key!r}; known are {", ".join(options)}')
-    options[key] = type(options[key])(value)
+options = bench.options(images=10_000, tasks=4, parallel=1, seconds=40.0, seed=0, root='data/cifar10',
+                        output='runs/killed_array')
 output, chunk = ROOT / options['output'], max(1, options['images'] // 100)
 
 

@@ -13,10 +13,8 @@ import json
 import os
 import random
 import statistics
-import sys
 import tempfile
 import time
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -24,15 +22,10 @@ import torch
 import torchvision.transforms as T
 from PIL import Image, ImageFilter
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import data  # noqa: E402
+import bench
+import data
 
-options = dict(size=224, workers=os.cpu_count(), rounds=3, seconds=8.0, images=0, batch_size=0, blur='pil', quality=90)
-for argument in sys.argv[1:]:
-    key, _, value = argument.partition('=')
-    if key not in options:
-        sys.exit(f'unknown option {key!r}; known are {", ".join(options)}')
-    options[key] = type(options[key])(value)
+options = bench.options(size=224, workers=os.cpu_count(), rounds=3, seconds=8.0, images=0, batch_size=0, blur='pil', quality=90)
 size, workers, seconds = options['size'], options['workers'], options['seconds']
 n = options['images'] or (1024 if size > 64 else 8192)       # samples an epoch; every pair of images comes four times
 batch_size = options['batch_size'] or (64 if size > 64 else 256)

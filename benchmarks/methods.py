@@ -8,14 +8,12 @@ METHODS: far too little to tell which method is best, and none is tuned. What is
 results/cifar10_methods.json; the table is made from that file.
 """
 import json
-import subprocess
 import sys
-import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from common import save_json  # noqa: E402
+import bench
+from bench import ROOT, stage
+from common import save_json
 
 RUN, RESULTS = Path('runs/methods'), ROOT / 'results/cifar10_methods.json'
 METHODS = {  # heads in proportion to the narrow backbone's 256 features
@@ -32,21 +30,8 @@ BATCH = ['batch_size=256', 'optimizer.lr=0.25', 'optimizer.warmup_epochs=2', 'mo
 VIEWS = {'baseline': ['data.alpha=0', 'quality.enabled=false'], 'genview': []}
 
 
-def stage(script, *arguments):
-    print(f"\n=== python {script} {' '.join(arguments)}", flush=True)
-    start = time.time()
-    if code := subprocess.run([sys.executable, script, *arguments], cwd=ROOT).returncode:
-        sys.exit(f'{script} ended with exit code {code}; its message stands above. The same command goes on from here')
-    return round(time.time() - start)
-
-
 def main():
-    options = dict(methods=','.join(METHODS), views=','.join(VIEWS), seed='0')
-    for argument in sys.argv[1:]:
-        key, _, value = argument.partition('=')
-        if key not in options:
-            sys.exit(f'unknown option {key!r}; known are {", ".join(options)}')
-        options[key] = value
+    options = bench.options(methods=','.join(METHODS), views=','.join(VIEWS), seed='0')
     methods, views, seed = options['methods'].split(','), options['views'].split(','), int(options['seed'])
     if unknown := {*methods, *views} - {*METHODS, *VIEWS}:
         sys.exit(f'no {", ".join(unknown)}; there are {", ".join([*METHODS, *VIEWS])}')
@@ -66,7 +51,7 @@ def main():
             measured = json.loads((ROOT / folder / 'linear_eval/results.json').read_text())
             done = [r for r in done if (r['method'], r['views'], r['seed']) != (method, name, seed)]
             done.append(dict(method=method, views=name, seed=seed, knn=measured['knn']['top1'],
-                             linear=measured['linear']['top1'], seconds=seconds))
+                             linear=measured['linear']['top1'], seconds=round(seconds)))
             RESULTS.parent.mkdir(exist_ok=True)
             save_json(RESULTS, done)
     print('\n| method | views | seed | kNN top-1 | linear top-1 | minutes |\n|---|---|---|---|---|---|')

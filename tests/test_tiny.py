@@ -162,9 +162,9 @@ def test_quality_trains_and_writes_its_encoder(tmp_path, monkeypatch):
     monkeypatch.setattr(train, 'learn', lambda *args, learn=train.learn: learned.append(args) or learn(*args))
     args = Namespace(work=tmp_path, seed=0, steps=2, batch_size=4)
     train.quality(args, torch.device('cpu'))
-    tokens, subjects = learned[0][8:10]
-    p, semantic = learned[0][3]['subjects'].sigmoid(), learned[0][3]['semantic']
-    assert tokens.shape == (3, 64, 64) and torch.allclose(tokens[..., 0].float(), 4 * subjects, atol=1e-2)
+    data = learned[0][3]
+    tokens, p, semantic = data['tokens'], train.load(tmp_path / 'data.pt')['subjects'].sigmoid(), data['semantic']
+    assert tokens.shape == (3, 64, 64) and torch.allclose(tokens[..., 0].float(), 4 * (0.75 - p), atol=1e-2)
     torch.testing.assert_close(tokens[1, 5, 1:].float(), p[1, 5] * semantic[3, :63], atol=1e-2, rtol=1e-2)
     clip = FrozenClip({'model': str(tmp_path / 'tiny/quality')})
     written, (features, embedding) = clip.fingerprint(), clip.forward((images.float() / 255 - train.MEAN) / train.STD)

@@ -20,10 +20,10 @@ from PIL import Image
 from train import HERE, MEAN, STD, least_squares, load
 
 sys.path.insert(0, str(HERE.parent))
-from data import source_dataset  # noqa: E402
 from fg_proportion import choose_sign, first_component  # noqa: E402
+from frozen_clip import FrozenClip  # noqa: E402
 from generators import UnCLIP  # noqa: E402
-from models import FrozenClip  # noqa: E402
+from sources import source_dataset  # noqa: E402
 
 
 def published_judge(path, device):

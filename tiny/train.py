@@ -261,21 +261,22 @@ def tokens_of(visual, x, keep=None):
 
 def encoder(args, device):
     data = load(args.work / 'data.pt')
-    target = torch.cat([data['semantic'][:, None].expand(-1, 2, -1), data['appearance']], 2)
-    weight = torch.cat([data['weight'], torch.ones(APPEARANCE)])
+    data.update(target=torch.cat([data['semantic'][:, None].expand(-1, 2, -1), data['appearance']], 2),
+                weight=torch.cat([data['weight'], torch.ones(APPEARANCE)]), size=OBJECT)
     torch.manual_seed(args.seed)
-    learn('encoder', args, device, data, clip_model().visual, target, weight, nn.Linear(192, PATCH), data['tokens'],
-          data['subjects'], OBJECT, 1.5e-3, 4000)
+    learn('encoder', args, device, data, clip_model().visual, nn.Linear(192, PATCH), 1.5e-3, 4000)
 
 
-def learn(name, args, device, data, visual, target, weight, patch, tokens, subjects, size, lr, steps):
+def learn(name, args, device, data, visual, patch, lr, steps):
     """Trains `visual`: its embedding towards target (N, 2, D), of the images and of the mirrored ones, and towards their
     classes; patch(its patch tokens) towards tokens (M, 64, C), their first channel towards size x subjects (M, 64), both
-    of the images data['some'], which are half of every batch."""
-    images, labels, some, weight = data['images'], data['labels'], data['some'], weight.to(device)
+    of the images `some`, which are half of every batch. All of these are in data, and weight (D,), of the embedding's
+    parts."""
+    images, labels, some, target, tokens, subjects, size = (
+        data[k] for k in ('images', 'labels', 'some', 'target', 'tokens', 'subjects', 'size'))
     model = nn.ModuleDict(dict(visual=visual, patch=patch,
                                label=nn.Linear(target.shape[2], len(data['wnids'])))).to(device)
-    mean, std = MEAN.to(device), STD.to(device)
+    mean, std, weight = MEAN.to(device), STD.to(device), data['weight'].to(device)
     mirror = torch.arange(64).view(8, 8).flip(1).flatten()
     compiled, seen = torch.compile(tokens_of, dynamic=False), {}
 
@@ -332,8 +333,9 @@ def quality(args, device):
     width = len(clip.visual.class_embedding)
     semantic, p = (data['semantic'] * data['weight'])[:, :width], data['subjects'].sigmoid()
     tokens = torch.cat([4 * (0.75 - p[..., None]), p[..., None] * semantic[data['some'], None, :width - 1]], 2)
-    learn('quality', args, device, data, clip.visual, semantic[:, None].expand(-1, 2, -1), torch.ones(width),
-          nn.Identity(), tokens.half(), 0.75 - p, 4, 3e-3, 8000)
+    data.update(target=semantic[:, None].expand(-1, 2, -1), weight=torch.ones(width), tokens=tokens.half(),
+                subjects=0.75 - p, size=4)
+    learn('quality', args, device, data, clip.visual, nn.Identity(), 3e-3, 8000)
     with torch.no_grad():  # found too small afterwards for the first component of a few images; the embedding stays
         clip.visual.ln_post.weight[0] *= 1.5
         clip.visual.ln_post.bias[0] *= 1.5

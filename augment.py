@@ -1,0 +1,414 @@
+"""Augmentations: the recipe of a view, the parameters drawn from it, and the numba kernels that turn stored images into
+views.
+
+    row = recipe_row({'size': 224, 'crop_scale': [0.2, 1.0], 'flip': 0.5}, 'view_1')
+    render(...)        # samples of a batch: read, decode, crop, augment; data.PairLoader calls it in its threads
+
+Kernels are compiled once per machine (numba caches them beside this file) and take parameters as arguments. Every random
+number is a hash of (seed, epoch, index of the image, view): pixels do not depend on the number of threads, processes or
+on where a run was resumed. The arithmetic is that of torchvision's transforms on PIL images, bit for bit except the
+blur (one level in 0.03 % of the values) and, since Pillow 13, some resizes (one level, see `_resize`).
+
+Images are uint8; `p` is planar, (3, n) with n pixels, because three contiguous planes vectorise.
+"""
+import math
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+from common import Fail, check_keys
+
+JIT = dict(cache=True, nogil=True, error_model='numpy')
+IMAGE, VIEW = 0, 1                                       # the two sources of a sample
+SHORT_READ, BAD_JPEG = 1, 2                              # what can go wrong with a sample while reading
+# columns of a recipe row and of the parameters drawn from it
+SIZE, RESIZE, SCALE_LO, SCALE_HI, FLIP, JITTER, B, C, S, H, GRAY, BLUR, SIGMA_LO, SIGMA_HI, SOLARIZE = range(15)
+TOP, LEFT, HEIGHT, WIDTH, FLIPPED, ORDER, FB, FC, FS, FH, GRAYED, SIGMA, SOLARIZED = range(13)
+# columns of the table of samples: for each source offset, bytes, height, width, is_jpeg; then
+FILE, KEY, HAS_VIEW = 10, 11, 12                         # FILE: which beton; KEY: what the random numbers hang on
+ORDERS = np.array([(a, b, c, 6 - a - b - c) for a in range(4) for b in range(4) for c in range(4)
+                   if len({a, b, c, 6 - a - b - c}) == 4])
+
+
+@intrinsic
+def _c(typingctx, address, args):
+    """Call the C function at `address` with int64 arguments. The address comes as an argument because a kernel that
+    holds a ctypes pointer cannot be cached."""
+    def codegen(context, builder, signature, values):
+        word = ir.IntType(64)
+        words = [builder.extract_value(values[1], k) for k in range(len(args))]
+        function = ir.FunctionType(word, [word] * len(words)).as_pointer()
+        return builder.call(builder.inttoptr(values[0], function), words)
+    return types.int64(types.int64, types.UniTuple(types.int64, len(args))), codegen
+
+
+@njit(**JIT)
+def _mix(x):                                             # the finaliser of splitmix64
+    x = np.uint64(x) + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+@njit(**JIT)
+def _key(seed, epoch, index, stream):
+    return _mix(_mix(_mix(_mix(np.uint64(seed)) ^ np.uint64(epoch)) ^ np.uint64(index)) ^ np.uint64(stream))
+
+
+@njit(**JIT)
+def _uniform(key, n):                                    # the n-th number of a key, in [0, 1)
+    return (_mix(np.uint64(key) + np.uint64(n) * np.uint64(0xD1B54A32D192ED03)) >> np.uint64(11)) * (1.0 / (1 << 53))
+
+
+@njit(**JIT)
+def permutation_keys(seed, epoch, n):
+    keys = np.empty(n, np.uint64)
+    for i in range(n):
+        keys[i] = _key(seed, epoch, i, 1 << 32)
+    return keys
+
+
+@njit(**JIT)
+def choose(seed, epoch, keys, counts):                  # which of its views a sample shows in this epoch
+    chosen = np.empty(len(keys), np.int64)
+    for i in range(len(keys)):
+        chosen[i] = int(_uniform(_key(seed, epoch, keys[i], 1 << 34), 0) * counts[i])
+    return chosen
+
+
+@njit(**JIT)
+def _draw(key, recipe, height, width):
+    """Parameters of one view of a (height, width) image: the distributions of torchvision's RandomResizedCrop,
+    RandomHorizontalFlip, RandomApply([ColorJitter]), RandomGrayscale, RandomApply([GaussianBlur]), RandomSolarize."""
+    p = np.zeros(13, np.float64)
+    if recipe[SCALE_HI] > 0:
+        found = False
+        lo, hi = math.log(3 / 4), math.log(4 / 3)
+        for t in range(10):
+            area = height * width * (recipe[SCALE_LO] + (recipe[SCALE_HI] - recipe[SCALE_LO]) * _uniform(key, 4 * t))
+            ratio = math.exp(lo + (hi - lo) * _uniform(key, 4 * t + 1))
+            w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < w <= width and 0 < h <= height:
+                p[TOP] = int(_uniform(key, 4 * t + 2) * (height - h + 1))
+                p[LEFT] = int(_uniform(key, 4 * t + 3) * (width - w + 1))
+                found = True
+                break
+        if not found:                                    # the central crop of the nearest allowed aspect ratio
+            w, h = width, height
+            if width / height < 3 / 4:
+                h = round(width / (3 / 4))
+            elif width / height > 4 / 3:
+                w = round(height * (4 / 3))
+            p[TOP], p[LEFT] = (height - h) // 2, (width - w) // 2
+        p[HEIGHT], p[WIDTH] = h, w
+    else:
+        p[HEIGHT], p[WIDTH] = height, width
+    p[FLIPPED] = _uniform(key, 40) < recipe[FLIP]
+    p[FB] = p[FC] = p[FS] = 1
+    if _uniform(key, 41) < recipe[JITTER]:
+        p[ORDER] = int(_uniform(key, 42) * 24)
+        for k in range(3):
+            lo = max(0.0, 1 - recipe[B + k])
+            p[FB + k] = lo + (1 + recipe[B + k] - lo) * _uniform(key, 43 + k)
+        p[FH] = (2 * _uniform(key, 46) - 1) * recipe[H]
+    p[GRAYED] = _uniform(key, 47) < recipe[GRAY]
+    if _uniform(key, 48) < recipe[BLUR]:
+        p[SIGMA] = recipe[SIGMA_LO] + (recipe[SIGMA_HI] - recipe[SIGMA_LO]) * _uniform(key, 49)
+    p[SOLARIZED] = _uniform(key, 50) < recipe[SOLARIZE]
+    return p
+
+
+@njit(**JIT)
+def _taps(n_in, n_out, first, count):
+    """Pillow's antialiased bilinear filter, n_in -> n_out, for the outputs first..first+count: where each starts, how
+    many inputs it reads and their weights in 2**-22. Upscaling is plain bilinear."""
+    scale = n_in / n_out
+    support = max(scale, 1.0)
+    start, number = np.empty(count, np.int64), np.empty(count, np.int64)
+    weight = np.zeros((count, int(math.ceil(support)) * 2 + 1), np.int32)
+    share = np.empty(weight.shape[1])
+    for i in range(count):
+        centre = (first + i + 0.5) * scale
+        lo = max(int(centre - support + 0.5), 0)
+        n = min(int(centre + support + 0.5), n_in) - lo
+        total = 0.0
+        for j in range(n):
+            share[j] = max(0.0, 1 - abs(j + lo - centre + 0.5) * (1 / support))
+            total += share[j]
+        for j in range(n):
+            weight[i, j] = int(0.5 + share[j] / total * (1 << 22))
+        start[i], number[i] = lo, n
+    return start, number, weight
+
+
+@njit(**JIT)
+def _resize(image, width, top, left, h, w, full_h, full_w, size, flip, rows, p):
+    """Resize the box (top, left, h, w) of an interleaved image (flat uint8, `width` pixels a row) to (full_h, full_w)
+    and put its central size x size window into p (3, size * size); rows is scratch. Equal to Pillow's bilinear resize
+    in the order of Pillow up to 12, across and then down; Pillow 13 swaps some shapes, which is one level at most."""
+    oy, ox = int(round((full_h - size) / 2.0)), int(round((full_w - size) / 2.0))
+    start, number, weight = _taps(w, full_w, ox, size)
+    ystart, ynumber, yweight = _taps(h, full_h, oy, size)
+    y0, y1 = ystart[0], ystart[size - 1] + ynumber[size - 1]
+    line = 3 * size
+    for y in range(y0, y1):
+        at = ((top + y) * width + left) * 3
+        source = image[at:at + 3 * w]
+        out = rows[(y - y0) * line:(y - y0 + 1) * line]
+        for x in range(size):
+            r = g = b = np.int32(1 << 21)
+            q = np.uint64(3 * start[x])
+            wx = weight[x]
+            for j in range(number[x]):
+                k = wx[j]
+                r += k * np.int32(source[q])
+                g += k * np.int32(source[q + np.uint64(1)])
+                b += k * np.int32(source[q + np.uint64(2)])
+                q += np.uint64(3)
+            o = size - 1 - x if flip else x
+            out[o] = np.uint8(r >> 22)
+            out[size + o] = np.uint8(g >> 22)
+            out[2 * size + o] = np.uint8(b >> 22)
+    sums = np.empty(line, np.int32)
+    for y in range(size):
+        sums[:] = 1 << 21
+        for j in range(ynumber[y]):
+            at = (ystart[y] - y0 + j) * line
+            source, k = rows[at:at + line], yweight[y, j]
+            for i in range(line):
+                sums[i] += k * np.int32(source[i])
+        for c in range(3):
+            out, part = p[c, y * size:(y + 1) * size], sums[c * size:(c + 1) * size]
+            for i in range(size):
+                out[i] = np.uint8(part[i] >> 22)
+
+
+@njit(**JIT)
+def _blend(degenerate, value, factor):                   # PIL's Image.blend: float32, clipped, truncated
+    t = degenerate + factor * (np.float32(value) - degenerate)
+    return np.uint8(np.int32(min(max(t, np.float32(0)), np.float32(255))))
+
+
+@njit(**JIT)
+def _luma(r, g, b):
+    return (np.int32(r) * np.int32(19595) + np.int32(g) * np.int32(38470) + np.int32(b) * np.int32(7471)
+            + np.int32(0x8000)) >> np.int32(16)
+
+
+@njit(**JIT)
+def _brightness(p, factor):
+    flat, factor = p.reshape(-1), np.float32(factor)
+    for i in range(flat.size):
+        flat[i] = _blend(np.float32(0), flat[i], factor)
+
+
+@njit(**JIT)
+def _contrast(p, factor):
+    r, g, b, total = p[0], p[1], p[2], 0
+    for i in range(r.size):
+        total += _luma(r[i], g[i], b[i])
+    flat, factor, mean = p.reshape(-1), np.float32(factor), np.float32(int(total / r.size + 0.5))
+    for i in range(flat.size):
+        flat[i] = _blend(mean, flat[i], factor)
+
+
+@njit(**JIT)
+def _saturation(p, factor):
+    r, g, b, factor = p[0], p[1], p[2], np.float32(factor)
+    for i in range(r.size):
+        grey = np.float32(_luma(r[i], g[i], b[i]))
+        r[i], g[i], b[i] = _blend(grey, r[i], factor), _blend(grey, g[i], factor), _blend(grey, b[i], factor)
+
+
+@njit(**JIT)
+def _hue(p, factor):
+    """Shift the hue by factor * 255 of 256 steps through 8-bit HSV: equal to PIL for every colour, which is why the
+    hue is computed in float64 and rounded to float32 on the way."""
+    shift = np.int32(int(factor * 255) & 255)
+    red, green, blue = p[0], p[1], p[2]
+    for i in range(red.size):
+        r, g, b = np.int32(red[i]), np.int32(green[i]), np.int32(blue[i])
+        high, low = max(r, max(g, b)), min(r, min(g, b))
+        after, sector = (b, 0.0) if r == high else ((r, 2.0) if g == high else (g, 4.0))
+        middle = np.float64(np.float32(2 * high + low - r - g - b) / np.float32(max(high - low, np.int32(1))))
+        h = np.float64(np.float32(sector + (1 - middle) if after == low else sector + (middle - 1))) * (1 / 6) + 1
+        h = np.float32(h - 1 if h >= 1 else h)
+        s = np.int32(np.float32(high - low) / np.float32(max(high, np.int32(1))) * np.float32(255))
+        h6 = np.int32(6) * ((np.int32(h * np.float32(255)) + shift) & np.int32(255))
+        k = (h6 * np.int32(257) + np.int32(257)) >> np.int32(16)         # h6 // 255
+        f = h6 - k * np.int32(255)
+        # the textbook's p, q, t: v (1 - s), v (1 - s f), v (1 - s (1 - f)), rounded; s and f count 1/255
+        v, step = np.float32(high), np.float32(1 / 65025) * np.float32(high)
+        m = np.int32(v - step * np.float32(s * np.int32(255)) + np.float32(0.5))
+        q = np.int32(v - step * np.float32(s * f) + np.float32(0.5))
+        t = np.int32(v - step * np.float32(s * (np.int32(255) - f)) + np.float32(0.5))
+        red[i] = np.uint8(high if k == 0 or k >= 5 else (q if k == 1 else (t if k == 4 else m)))
+        green[i] = np.uint8(high if k == 1 or k == 2 else (t if k == 0 or k == 6 else (q if k == 3 else m)))
+        blue[i] = np.uint8(high if k == 3 or k == 4 else (t if k == 2 else (q if k == 5 else m)))
+
+
+@njit(**JIT)
+def _grayscale(p):
+    r, g, b = p[0], p[1], p[2]
+    for i in range(r.size):
+        grey = np.uint8(_luma(r[i], g[i], b[i]))
+        r[i] = g[i] = b[i] = grey
+
+
+@njit(**JIT)
+def _solarize(p):
+    flat = p.reshape(-1)
+    for i in range(flat.size):
+        flat[i] = 255 - flat[i] if flat[i] >= 128 else flat[i]
+
+
+@njit(**JIT)
+def _blur(p, size, sigma, scratch):
+    """torchvision's GaussianBlur with kernel size 0.1 * size rounded to odd (23 at 224, 3 at 32): separable, mirrored
+    at the border. Taps below 1e-4 of the largest are left out. scratch: float32, at least size * (size + 2 radius)."""
+    full = (int(0.1 * size) | 1) // 2
+    radius = max(0, min(full, int(math.ceil(4.3 * sigma)), size - 1))
+    total, weight = 0.0, np.empty(radius + 1, np.float32)
+    for k in range(-full, full + 1):
+        total += math.exp(-0.5 * (k / sigma) ** 2)
+    for k in range(radius + 1):
+        weight[k] = math.exp(-0.5 * (k / sigma) ** 2) / total
+    wide, sums = np.empty(size + 2 * radius, np.float32), np.empty(size, np.float32)
+    for c in range(3):
+        plane = p[c]
+        for y in range(size):
+            row = plane[y * size:(y + 1) * size]
+            out = scratch[(y + radius) * size:(y + radius + 1) * size]
+            middle = wide[radius:radius + size]
+            for i in range(size):
+                middle[i] = row[i]
+            for k in range(1, radius + 1):
+                wide[radius - k] = row[k]
+                wide[radius + size - 1 + k] = row[size - 1 - k]
+            for i in range(size):
+                out[i] = weight[0] * middle[i]
+            for k in range(1, radius + 1):
+                left, right, w = wide[radius - k:radius - k + size], wide[radius + k:radius + k + size], weight[k]
+                for i in range(size):
+                    out[i] += w * (left[i] + right[i])
+        for k in range(1, radius + 1):
+            a, b = (radius - k) * size, (radius + k) * size
+            scratch[a:a + size] = scratch[b:b + size]
+            a, b = (radius + size - 1 + k) * size, (radius + size - 1 - k) * size
+            scratch[a:a + size] = scratch[b:b + size]
+        for y in range(size):
+            middle = scratch[(y + radius) * size:(y + radius + 1) * size]
+            for i in range(size):
+                sums[i] = weight[0] * middle[i] + np.float32(0.5)
+            for k in range(1, radius + 1):
+                a, b, w = (y + radius - k) * size, (y + radius + k) * size, weight[k]
+                above, below = scratch[a:a + size], scratch[b:b + size]
+                for i in range(size):
+                    sums[i] += w * (above[i] + below[i])
+            row = plane[y * size:(y + 1) * size]
+            for i in range(size):
+                row[i] = np.uint8(np.int32(sums[i]))
+
+
+@njit(**JIT)
+def _augment(image, height, width, recipe, d, rows, planes, floats, out):
+    """One view of an interleaved image (flat uint8) into out (flat, size * size * 3): `d` is what `_draw` returned."""
+    size = int(recipe[SIZE])
+    p = planes[:3 * size * size].reshape(3, size * size)
+    full_h = full_w = size
+    if recipe[SCALE_HI] == 0:                            # no random crop: resize the shorter side, cut the centre
+        resize = int(recipe[RESIZE])
+        full_h, full_w = (resize, resize * width // height) if height <= width else (resize * height // width, resize)
+    _resize(image, width, int(d[TOP]), int(d[LEFT]), int(d[HEIGHT]), int(d[WIDTH]), full_h, full_w, size,
+            d[FLIPPED] > 0, rows, p)
+    for k in ORDERS[int(d[ORDER])]:
+        if k == 0 and d[FB] != 1:
+            _brightness(p, d[FB])
+        elif k == 1 and d[FC] != 1:
+            _contrast(p, d[FC])
+        elif k == 2 and d[FS] != 1:
+            _saturation(p, d[FS])
+        elif k == 3 and d[FH] != 0:
+            _hue(p, d[FH])
+    if d[GRAYED]:
+        _grayscale(p)
+    if d[SIGMA] > 0:
+        _blur(p, size, d[SIGMA], floats)
+    if d[SOLARIZED]:
+        _solarize(p)
+    r, g, b = p[0], p[1], p[2]
+    for i in range(size * size):
+        out[3 * i], out[3 * i + 1], out[3 * i + 2] = r[i], g[i], b[i]
+
+
+@njit(**JIT)
+def render(io, table, first, last, seed, epoch, alpha, swap, recipes, offsets, file, images, rows, planes, floats,
+            out, synthetic):
+    """Fill the samples first..last of a batch: io = (pread, imdecode, file descriptor of each beton), table (B, 13).
+    Returns -1, or 4 * sample + 2 * source + error - 1 of the first sample that cannot be read."""
+    views = len(recipes)
+    for i in range(first, last):
+        row = table[i]
+        pair = _key(seed, epoch, row[KEY], 1 << 33)
+        from_view = -1
+        if row[HAS_VIEW] and _uniform(pair, 0) < alpha:
+            from_view = swap if swap >= 0 else int(_uniform(pair, 1) * min(2, views))
+        synthetic[i] = from_view
+        loaded0 = loaded1 = False
+        for v in range(views):
+            source = VIEW if v % 2 == from_view else IMAGE
+            at, n, height, width, is_jpeg = row[5 * source], row[5 * source + 1], row[5 * source + 2], \
+                row[5 * source + 3], row[5 * source + 4]
+            image = images[source]
+            if not (loaded1 if source == VIEW else loaded0):
+                target = file if is_jpeg else image
+                if _c(io[0], (io[2 + row[FILE]], np.int64(target.ctypes.data), n, at)) != n:
+                    return 4 * i + 2 * source + SHORT_READ - 1
+                if is_jpeg and np.int32(_c(io[1], (np.int64(file.ctypes.data), n, height, width,
+                                                   np.int64(image.ctypes.data), height, width, 0, 0, 1, 1, 0, 0))):
+                    return 4 * i + 2 * source + BAD_JPEG - 1
+                if source == VIEW:
+                    loaded1 = True
+                else:
+                    loaded0 = True
+            area = int(recipes[v, SIZE]) ** 2 * 3
+            begin = offsets[v] + i * area
+            d = _draw(_key(seed, epoch, row[KEY], v), recipes[v], height, width)
+            _augment(image, height, width, recipes[v], d, rows, planes, floats, out[begin:begin + area])
+    return -1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Recipes
+
+_CHANCE = (0, lambda p: 0 <= p <= 1, 'a probability')
+RECIPE = {                                               # default, test, meaning; in the order of SIZE ... SOLARIZE
+    'size': (None, lambda s: 1 <= s <= 1024 and s % 1 == 0, 'a number of pixels, 1 to 1024'),
+    'resize': (None, lambda s: 1 <= s <= 4096 and s % 1 == 0, 'a number of pixels from size to 4096'),
+    'crop_scale': (None, lambda lo, hi: 0 < lo <= hi <= 1 or lo == hi == 0, 'null or [lo, hi] with 0 < lo <= hi <= 1'),
+    'flip': _CHANCE, 'jitter_prob': _CHANCE,
+    'jitter': ([0, 0, 0, 0], lambda b, c, s, h: min(b, c, s, h) >= 0 and h <= 0.5,
+               '[brightness, contrast, saturation, hue], none below 0, hue up to 0.5'),
+    'gray_prob': _CHANCE, 'blur_prob': _CHANCE,
+    'blur_sigma': ([0.1, 2.0], lambda lo, hi: 0 < lo <= hi <= 100, '[lo, hi] in pixels with 0 < lo <= hi <= 100'),
+    'solarize_prob': _CHANCE}
+
+
+def recipe_row(recipe, where):
+    check_keys(recipe, RECIPE, where)
+    row = []
+    for key, (default, right, needed) in RECIPE.items():
+        value = recipe.get(key, default)
+        if value is None:
+            value = {'crop_scale': [0, 0], 'resize': recipe.get('size')}.get(key)
+        try:
+            numbers = np.atleast_1d(np.asarray(value, np.float64)).tolist()
+            right = right(*numbers) and (key != 'resize' or numbers >= row)
+        except (TypeError, ValueError):
+            right = False
+        if not right:
+            raise Fail(f'{where}: {key} is {value!r}, it must be {needed}')
+        row += numbers
+    return row

@@ -1,0 +1,130 @@
+"""Frozen features of many images, and what is counted on them: kNN, hits, percent."""
+from contextlib import closing
+from copy import deepcopy
+from functools import partial
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from common import Fail
+from data import PairLoader
+from models import gather, normalize
+
+
+class Encoder:
+    """Frozen backbone with its normalisation: uint8 (B, 3, S, S) -> float32 features (B, D)."""
+
+    def __init__(self, backbone, mean, std, device, dtype):
+        self.backbone = backbone.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        self.mean, self.std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (mean, std))
+        self.device, self.dtype = device, dtype
+
+    @torch.no_grad()
+    def __call__(self, images):
+        images = normalize(images.to(self.device, non_blocking=True), self.mean, self.std)
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            return self.backbone(images).float()
+
+
+def labelled(path, recipe, processes):
+    """A PairLoader on the originals of a beton, to see what is in it. Raises Fail where labels are missing."""
+    loader = PairLoader(path, [recipe], alpha=0, swap='first', batch_size=1, seed=0, num_workers=1,
+                        verify=processes.main)
+    if loader.metadata['f2'].min() < 0:
+        raise Fail(f'{path}: there are images without label (-1)')
+    return loader
+
+
+def plain_images(path, recipe, batch, num_workers, positions, pin_memory=False):
+    """A PairLoader on the originals at `positions` of a beton, each once and in this order; checked before."""
+    return PairLoader(path, [recipe], alpha=0, swap='first', batch_size=batch, seed=0, num_workers=num_workers,
+                      drop_last=False, shuffle=False, indices=positions, verify=False, pin_memory=pin_memory)
+
+
+def everywhere(rows, n, processes):
+    """Rows of every world-th image from each process -> all n of them (n, ...), in order, on the CPU of every process."""
+    share = -(-n // processes.world)  # the last processes may have one less: padded to travel, cut off again
+    rows = F.pad(rows, (0, 0) * (rows.dim() - 1) + (0, share - len(rows))).to(processes.device)
+    return gather(rows).view(processes.world, share, *rows.shape[1:]).transpose(0, 1).flatten(0, 1)[:n].cpu()
+
+
+def all_features(loader_of, n, encoder, processes, what, stop=False):
+    """Features (N, D) and labels (N,) of n images, in their order, on the CPU of every process. None instead when
+    `stop` has become true on one of them.
+
+    loader_of: function of positions (an array, not empty) -> PairLoader over them, in order and with the last batch.
+    Each process encodes every world-th image: none is encoded twice, whatever n is. Half precision is kept as such."""
+    mine = np.arange(processes.rank, n, processes.world)
+    features, labels = [], []
+    kept = torch.float32 if encoder.dtype == torch.float32 else torch.float16  # as exact, and ImageNet's fit in memory
+    loader = loader_of(mine) if len(mine) else None
+    shared = torch.tensor(len(loader) if loader else 0)  # batches that every process has: there they can ask each other
+    if dist.is_initialized():
+        dist.all_reduce(shared, dist.ReduceOp.MIN)
+    with closing(loader.epoch(0) if loader else (_ for _ in ())) as batches:
+        bar = tqdm(batches, what, len(loader or ()), disable=None if processes.main else True)
+        for number, batch in enumerate(bar):
+            if number < shared and processes.any(stop):
+                return None
+            features.append(encoder(batch['views'][0]).to(kept).cpu())
+            labels.append(batch['label'])
+    width = encoder.backbone.feature_dim
+    features = torch.cat([torch.empty(0, width, dtype=kept), *features])
+    labels = torch.cat([torch.empty(0).long(), *labels])
+    return everywhere(features, n, processes), everywhere(labels, n, processes)
+
+
+def hits(scores, labels):
+    """How many rows of scores (B, C) have their label (B,) first, and among the first five: tensor (2,)."""
+    best = scores.topk(min(5, scores.shape[1]), dim=1).indices == labels[:, None]
+    return torch.stack([best[:, 0].sum(), best.any(1).sum()]).double()
+
+
+def percent(counts, n, processes):
+    """Hits (K,) of this process's share of n images (a number or (K,)) -> percent over all processes, a list."""
+    if dist.is_initialized():
+        counts = counts.to(processes.device)
+        dist.all_reduce(counts)
+    return [round(v, 3) for v in (100 * counts / n).tolist()]
+
+
+def knn_accuracy(train, train_labels, test, test_labels, classes, k, temperature, batch, processes):
+    """Weighted kNN (Wu et al. 2018): the k nearest by cosine vote with exp(cosine / temperature). [top-1, top-5]."""
+    device = processes.device
+    kept = train.dtype if device.type == 'cuda' else torch.float32  # ImageNet's features: 5 GB of a GPU, not 10
+    train = torch.cat([F.normalize(part.to(device).float(), dim=1).to(kept) for part in train.split(65536)])
+    train_labels = train_labels.to(device)
+    counts = torch.zeros(2, dtype=torch.double, device=device)
+    for chunk in torch.arange(len(test))[processes.rank::processes.world].split(batch):
+        query = F.normalize(test[chunk].to(device).float(), dim=1)
+        cosines, nearest = (query.to(kept) @ train.T).float().topk(k, dim=1)
+        votes = torch.zeros(len(chunk), classes, device=device)
+        votes.scatter_add_(1, train_labels[nearest], (cosines / temperature).exp())
+        counts += hits(votes, test_labels[chunk].to(device))
+    return percent(counts, len(test), processes)
+
+
+class Monitor:
+    """kNN accuracy of a backbone in training (`knn` of pretrain.py). Raises Fail at once when it could not work later."""
+
+    def __init__(self, config, mean_std, dtype, processes):
+        size, self.knn, self.workers = config['image_size'], config['knn'], config['data']['num_workers']
+        self.recipe = {'size': size, 'resize': size, 'crop_scale': None}
+        self.mean_std, self.dtype, self.processes = mean_std, dtype, processes
+        labels = [labelled(self.knn[f'{part}_beton'], self.recipe, processes).metadata['f2']
+                  for part in ('train', 'test')]
+        self.samples, self.classes = list(map(len, labels)), int(max(map(max, labels))) + 1
+        if self.knn['k'] > self.samples[0]:
+            raise Fail(f"knn.k: {self.knn['k']} neighbours out of {self.samples[0]} images of knn.train_beton")
+
+    def accuracy(self, backbone):
+        """backbone: of the training, not touched. Top-1 accuracy between 0 and 1, the same on all processes."""
+        encoder = Encoder(deepcopy(backbone), *self.mean_std, self.processes.device, self.dtype)
+        (train, labels), test = (
+            all_features(partial(plain_images, self.knn[f'{part}_beton'], self.recipe, 256, self.workers), n, encoder,
+                         self.processes, f'kNN {part}') for part, n in zip(('train', 'test'), self.samples))
+        return knn_accuracy(train, labels, *test, self.classes, self.knn['k'], self.knn['temperature'], 256,
+                            self.processes)[0] / 100

@@ -1,0 +1,77 @@
+"""Pictures: images in a grid, histograms, curves of a log. Without a screen, and without pyplot's state."""
+import json
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from common import atomic
+
+
+def grid(path, sections, columns=10):
+    """Examples beside each other, the images of each under each other.
+
+    sections: [(labels, examples)], each of which begins a new line. labels: words to the left of its lines of images,
+    or (). examples: [(title, images)], images a list of arrays (H, W, 3) (None: left free), all of one length."""
+    lines = [(labels, examples[k:k + columns]) for labels, examples in sections for k in range(0, len(examples), columns)]
+    depth = len(lines[0][1][0][1])
+    figure = Figure(figsize=(1.1 * columns, (1.1 * depth + 0.3) * len(lines)))
+    axes = figure.subplots(depth * len(lines), columns, squeeze=False)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+        axis.set_frame_on(False)
+    for line, (labels, examples) in zip(range(0, len(axes), depth), lines):
+        for column, (title, images) in enumerate(examples):
+            axes[line, column].set_title(title, fontsize=7, pad=2)
+            for k, image in enumerate(images):
+                if image is not None:
+                    axes[line + k, column].imshow(image)
+        for k, label in enumerate(labels):
+            axes[line + k, 0].set_ylabel(label, fontsize=8)
+    figure.tight_layout(pad=0.3)
+    atomic(path, lambda temporary: figure.savefig(temporary, dpi=120))
+
+
+def overlay(image, mask):
+    """The image (H, W, 3) in [0, 1], dark blue where the mask (h, w) is 0."""
+    mask = np.kron(mask, np.ones((-(-image.shape[0] // mask.shape[0]), -(-image.shape[1] // mask.shape[1]))))
+    mask = mask[:image.shape[0], :image.shape[1], None]
+    return image * (0.25 + 0.75 * mask) + (1 - mask) * np.array([0.0, 0.05, 0.3])
+
+
+def histograms(path, panels):
+    """Panels beside each other: [(what is counted, of what, {name: values}, mark)]; mark: None or (x, name) of a line."""
+    figure = Figure(figsize=(5 * len(panels), 3.2), layout='constrained')
+    for axis, (values, things, curves, mark) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        every = np.concatenate([np.ravel(v) for v in curves.values()])
+        bins = np.linspace(every.min() - 0.01, every.max() + 0.01, 81)  # also where all are the same
+        for name, numbers in curves.items():
+            axis.hist(np.ravel(numbers), bins, histtype='step', label=name)
+        if mark:
+            axis.axvline(mark[0], color='C3', label=mark[1])
+        axis.set(xlabel=values, ylabel=things)
+        axis.legend(frameon=False, fontsize=7)
+    atomic(path, lambda temporary: figure.savefig(temporary, dpi=120))
+
+
+def curves(path, log, left, right):
+    """Of a log.jsonl, over the step: the keys `left` and, from 0 to 1, `right`, as far as they occur.
+
+    Of a step that was done twice (after a kill) the last line counts."""
+    values = {}
+    for text in log.read_text().splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue  # a line cut short by a kill
+        for key in {*left, *right} & set(line):
+            values.setdefault(key, {})[line['step']] = line[key]
+    figure = Figure(figsize=(10, 3.5), layout='constrained')
+    axes = figure.subplots(1, 2)
+    for axis, keys in zip(axes, (left, right)):
+        for key in keys:
+            if key in values:
+                axis.plot(*zip(*sorted(values[key].items())), label=key.replace('_', ' '))
+        axis.set(xlabel='step')
+        axis.legend(frameon=False)
+    axes[1].set(ylim=(0, 1.05))
+    atomic(path, lambda temporary: figure.savefig(temporary, dpi=110))
