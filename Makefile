@@ -1,14 +1,17 @@
-# make demo: the whole chain on real CIFAR-10.   make test: the tests.   Both set everything up first.
+# make demo: the whole chain on real CIFAR-10.   make test: the tests.   make lint: ruff.   All set everything up first.
 PYTHON ?= python3
 SHELL := /bin/bash
 ready := .venv/.ready
 
-.PHONY: demo test setup
+.PHONY: demo test lint setup
 demo: $(ready)
 	.venv/bin/python tiny/demo.py
 
 test: $(ready)
 	.venv/bin/python -m pytest -q tests
+
+lint: $(ready)
+	.venv/bin/ruff check .
 
 setup: $(ready)
 

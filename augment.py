@@ -4,7 +4,7 @@ views.
     row = recipe_row({'size': 224, 'crop_scale': [0.2, 1.0], 'flip': 0.5}, 'view_1')
     render(...)        # samples of a batch: read, decode, crop, augment; data.PairLoader calls it in its threads
 
-Kernels are compiled once per machine (numba caches them beside this file) and take parameters as arguments. Every random
+Kernels are compiled once per machine (numba caches them beside this file); parameters are arguments. Every random
 number is a hash of (seed, epoch, index of the image, view): pixels do not depend on the number of threads, processes or
 on where a run was resumed. The arithmetic is that of torchvision's transforms on PIL images, bit for bit except the
 blur (one level in 0.03 % of the values) and, since Pillow 13, some resizes (one level, see `_resize`).

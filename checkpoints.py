@@ -330,7 +330,7 @@ def detectron2_name(name):
 
 
 def save_backbone(path, backbone, config, mean, std):
-    """Write the backbone that pretrain.py trains, with torchvision's or timm's names, and what one must know to use it."""
+    """Write the backbone of a pretraining, with torchvision's or timm's names, and what one must know to use it."""
     state = {k: v.detach().cpu().contiguous() for k, v in backbone.state_dict().items()}
     save_checkpoint(path, {'state_dict': state, **describe(config['backbone'])[0], 'feature_dim': backbone.feature_dim,
                            'mean': list(mean), 'std': list(std), 'image_size': config['image_size'],

@@ -68,7 +68,7 @@ def _fits(default, value):
 
 
 def check_keys(given, known, where, prefix=''):
-    """Raises Fail unless `given` is a dict with keys of `known` alone. prefix: what they stand under, such as 'moco.'."""
+    """Raises Fail unless `given` is a dict with keys of `known` alone. prefix: what they stand under ('moco.')."""
     if not isinstance(given, dict):
         raise Fail(f"{where}: expected the keys {', '.join(known)}, not {given!r}")
     for key in given:

@@ -44,8 +44,8 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from checkpoints import digest, load_backbone, normalization
-from common import (Fail, Log, Processes, StopSignal, answered, earlier, precision_dtype, run, save_checkpoint, save_json,
-                    seed_everything)
+from common import (Fail, Log, Processes, StopSignal, answered, earlier, precision_dtype, run, save_checkpoint,
+                    save_json, seed_everything)
 from models import BLOCKS, average_running_statistics, distributed, global_mean, synchronize_batch_norm
 from pictures import curves
 

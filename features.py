@@ -45,7 +45,7 @@ def plain_images(path, recipe, batch, num_workers, positions, pin_memory=False):
 
 
 def everywhere(rows, n, processes):
-    """Rows of every world-th image from each process -> all n of them (n, ...), in order, on the CPU of every process."""
+    """Rows of every world-th image from each process -> all n of them (n, ...), in order, on every process's CPU."""
     share = -(-n // processes.world)  # the last processes may have one less: padded to travel, cut off again
     rows = F.pad(rows, (0, 0) * (rows.dim() - 1) + (0, share - len(rows))).to(processes.device)
     return gather(rows).view(processes.world, share, *rows.shape[1:]).transpose(0, 1).flatten(0, 1)[:n].cpu()
@@ -108,7 +108,7 @@ def knn_accuracy(train, train_labels, test, test_labels, classes, k, temperature
 
 
 class Monitor:
-    """kNN accuracy of a backbone in training (`knn` of pretrain.py). Raises Fail at once when it could not work later."""
+    """kNN accuracy of a backbone in training (`knn` of pretrain.py). Raises Fail at once where it cannot work later."""
 
     def __init__(self, config, mean_std, dtype, processes):
         size, self.knn, self.workers = config['image_size'], config['knn'], config['data']['num_workers']

@@ -341,7 +341,7 @@ def measure(config, folder):
     log = Log(folder, config, processes.main)
     parts.mkdir(parents=True, exist_ok=True)
     if processes.main:
-        atomic(parts / 'run.npz', lambda path: np.savez(path, encoder=clip.fingerprint(), images=len(source)), once=True)
+        atomic(parts / 'run.npz', lambda p: np.savez(p, encoder=clip.fingerprint(), images=len(source)), once=True)
     log.write(f"{len(source):,} images; {config['clip']['model']}: {clip.image_size} px, tokens {clip.token_dim}, "
               f'embedding {clip.embedding_dim}; {processes.world} x {processes.device.type}; run folder {folder}')
     if pca_count < config['pca_images']:

@@ -5,7 +5,7 @@
     python linear_eval.py yamls/linear_eval/transfer.yaml checkpoint=resnet50.pth train_beton=... test_beton=...
 
 checkpoint is a backbone.pt (or backbone_init.pt, the same network untrained) of pretrain.py, or any file that
-checkpoints.load_backbone recognises: of torchvision, timm, MoCo, SimSiam, SwAV, BYOL, VICReg, mmpretrain, ... The images
+checkpoints.load_backbone recognises: of torchvision, timm, MoCo, SimSiam, SwAV, BYOL, VICReg, mmpretrain, ... Images
 come from betons, of which only `image` is used; gen_views.py with strategy: none writes them from torchvision's
 datasets and image folders (yamls/gen_views/transfer.yaml).
 

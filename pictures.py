@@ -12,7 +12,8 @@ def grid(path, sections, columns=10):
 
     sections: [(labels, examples)], each of which begins a new line. labels: words to the left of its lines of images,
     or (). examples: [(title, images)], images a list of arrays (H, W, 3) (None: left free), all of one length."""
-    lines = [(labels, examples[k:k + columns]) for labels, examples in sections for k in range(0, len(examples), columns)]
+    lines = [(labels, examples[k:k + columns]) for labels, examples in sections
+             for k in range(0, len(examples), columns)]
     depth = len(lines[0][1][0][1])
     figure = Figure(figsize=(1.1 * columns, (1.1 * depth + 0.3) * len(lines)))
     axes = figure.subplots(depth * len(lines), columns, squeeze=False)
@@ -39,7 +40,7 @@ def overlay(image, mask):
 
 
 def histograms(path, panels):
-    """Panels beside each other: [(what is counted, of what, {name: values}, mark)]; mark: None or (x, name) of a line."""
+    """Panels beside each other: [(label of x, label of y, {name: values}, mark)]; mark: None or (x, name) of a line."""
     figure = Figure(figsize=(5 * len(panels), 3.2), layout='constrained')
     for axis, (values, things, curves, mark) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
         every = np.concatenate([np.ravel(v) for v in curves.values()])

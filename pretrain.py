@@ -240,8 +240,8 @@ def check(config, world):
         raise Fail(f"{block}.queue: {settings['queue']} is not a multiple of the {keys} keys of a step; "
                    f"{max(1, round(settings['queue'] / keys)) * keys} is")
     if method == 'mocov2' and (settings['bn_splits'] % world or batch // accumulate % settings['bn_splits']):
-        raise Fail(f"moco.bn_splits: {settings['bn_splits']} must be a multiple of the {world} processes (the nearest to "
-                   f'what was published is {max(world, 8 // world * world)}) and divide batch_size {batch}'
+        raise Fail(f"moco.bn_splits: {settings['bn_splits']} must be a multiple of the {world} processes (the nearest "
+                   f'to what was published is {max(world, 8 // world * world)}) and divide batch_size {batch}'
                    + f' / accumulate {accumulate}' * (accumulate > 1))
     small, patch = config['small_crops'], config['backbone']['patch_size']
     if small['count'] and config['backbone']['arch'] in VITS and small['size'] % patch:
@@ -285,7 +285,7 @@ def build_model(config, steps_per_epoch):
 
 
 def lars(groups, momentum, **settings):
-    """timm's, which adapts a group without weight decay only if told so. It divides by |g| + wd |w| (as apex, mmselfsup;
+    """timm's, which adapts a group without weight decay only if told so. It divides by |g| + wd |w| (apex, mmselfsup;
     MoCo v3, BYOL, VICReg and SimCLR: |g + wd w|, the same but for large decays) and multiplies with the learning rate
     after the momentum (as MoCo v3, BYOL and VICReg; SimCLR and mmselfsup: before, which differs while it changes)."""
     for group in groups:

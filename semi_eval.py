@@ -3,7 +3,7 @@
     python semi_eval.py yamls/semi_eval/in1k_1percent.yaml checkpoint=runs/in1k/mocov3_genview/backbone.pt
     torchrun --nproc-per-node 8 semi_eval.py yamls/semi_eval/in1k_10percent.yaml checkpoint=resnet50.pth
 
-checkpoint is any file that checkpoints.load_backbone recognises. The images come from betons, of which only `image` is used
+checkpoint is any file that checkpoints.load_backbone recognises. Images come from betons, of which `image` is used
 (gen_views.py, strategy: none); those whose labels may be used are SimCLR's published list (subset.file) or the same
 number of each class, drawn from the seed. subset.txt in the run folder names them by their index in the dataset, and
 can be the subset.file of another run.
@@ -27,8 +27,8 @@ from torch import nn
 from tqdm import tqdm
 
 from checkpoints import backbone_of, digest
-from common import (Fail, Log, Processes, StopSignal, answered, atomic, earlier, precision_dtype, random_states, restore, run,
-                    save_checkpoint, save_json, seed_everything)
+from common import (Fail, Log, Processes, StopSignal, answered, atomic, earlier, precision_dtype, random_states,
+                    restore, run, save_checkpoint, save_json, seed_everything)
 from data import PairLoader
 from features import hits, labelled, percent, plain_images
 from models import average_running_statistics, distributed, global_mean, normalize, synchronize_batch_norm
@@ -213,7 +213,8 @@ def main(config):
     labels, indices = (everything.metadata[field].astype(np.int64) for field in ('f2', 'f3'))
     n_test, last_label, classes = len(every_test.metadata), every_test.metadata['f2'].max(), int(labels.max()) + 1
     if last_label >= classes:
-        raise Fail(f"{config['test_beton']}: has a label {last_label}; those of the training images end at {classes - 1}")
+        raise Fail(f"{config['test_beton']}: has a label {last_label}; those of the training images end at "
+                   f'{classes - 1}')
     subset = config['subset']
     if subset['file']:
         chosen, lost = listed(subset['file'], subset['root'], everything.sidecar, indices)
@@ -221,9 +222,10 @@ def main(config):
         chosen, lost = balanced(labels, subset['share'], config['seed']), 0
     if config['batch_size'] > len(chosen):
         raise Fail(f"batch_size: {config['batch_size']} is more than the {len(chosen)} images of the subset")
-    loader = PairLoader(config['train_beton'], [recipe], alpha=0, swap='first', batch_size=config['batch_size'] // world,
-                        seed=config['seed'], num_workers=config['num_workers'], rank=processes.rank, world=world,
-                        indices=chosen, verify=False, pin_memory=device.type == 'cuda')
+    loader = PairLoader(config['train_beton'], [recipe], alpha=0, swap='first',
+                        batch_size=config['batch_size'] // world, seed=config['seed'],
+                        num_workers=config['num_workers'], rank=processes.rank, world=world, indices=chosen,
+                        verify=False, pin_memory=device.type == 'cuda')
     mine, steps = np.arange(processes.rank, n_test, world), len(loader)
     tests = plain_images(config['test_beton'], plain, config['batch'], config['num_workers'], mine,
                          device.type == 'cuda') if len(mine) else None

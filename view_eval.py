@@ -146,7 +146,8 @@ def main(config):
         results['quality'] = by_level(quality, levels)
 
     cosines = {'view': cosine, 'nearest other image': retrieved, 'unrelated view': unrelated}
-    panels = [('cosine with the original', cosines), ('cosine by noise level', {l: cosine[levels == int(l)] for l in names})]
+    panels = [('cosine with the original', cosines),
+              ('cosine by noise level', {l: cosine[levels == int(l)] for l in names})]
     if quality is not None:
         panels.append(('quality by noise level', {l: quality[levels == int(l)] for l in names}))
     histograms(folder / 'cosine.png', [(title, 'pairs', {

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the project's modules within reach, options, stages as a user runs them, the hardware's name.
+"""What benchmarks share: the project's modules within reach, options, stages as a user runs them, the hardware's name.
 
 Import it before the project's modules."""
 import platform

@@ -8,7 +8,7 @@ Six rows, the same YAML apart from the keys under test (ROWS), one network initi
 the stage scripts one after the other as a user would; what is finished is not done again, so that a killed run goes on.
 Numbers go to results/cifar10_effect.json, one object per row and seed; the table at the end is made from that file.
 
-judge: a CIFAR-10 classifier that had no part in any of this (a ResNet-56 of github.com/akamaster/pytorch_resnet_cifar10).
+judge: a CIFAR-10 classifier that had no part in any of this (ResNet-56 of github.com/akamaster/pytorch_resnet_cifar10).
 With it the last lines tell how often views keep the class of their source, and whether the quality of a pair (eq. 12)
 is higher where they do: the area under the curve, 0.5 for no relation.
 

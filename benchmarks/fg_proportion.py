@@ -26,8 +26,8 @@ from common import Log, Processes, precision_dtype
 from frozen_clip import FrozenClip
 from sources import source_dataset
 
-options = bench.options(name='CIFAR10', root='data/cifar10', split='train', images=5000, model='tiny/clip', pretrained='',
-                        batch_size=256, workers=os.cpu_count(), rounds=3)
+options = bench.options(name='CIFAR10', root='data/cifar10', split='train', images=5000, model='tiny/clip',
+                        pretrained='', batch_size=256, workers=os.cpu_count(), rounds=3)
 
 if __name__ == '__main__':
     processes = Processes()

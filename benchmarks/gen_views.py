@@ -128,16 +128,17 @@ def rate(step, seconds):
 
 
 def main():
-    options = bench.options(device='cuda' if torch.cuda.is_available() else 'cpu', model='', batch_size=0, rounds=3, seconds=0.0,
-                            steps=20, pixels=768, compile=0, vae_slicing=0, threads=os.cpu_count())
+    options = bench.options(device='cuda' if torch.cuda.is_available() else 'cpu', model='', batch_size=0, rounds=3,
+                            seconds=0.0, steps=20, pixels=768, compile=0, vae_slicing=0, threads=os.cpu_count())
     gpu = options['device'] == 'cuda'
     full = (options['model'] or ('full' if gpu else 'tiny')) == 'full'  # full on a CPU: to try it out at few pixels
     batch_size = options['batch_size'] or (32 if full else 100)
     seconds = options['seconds'] or (60 if gpu else 15)
     device = torch.device(options['device'])
     stored = (512, 'jpg') if full else (32, 'png')  # size and format of the views
-    spec = {**yaml.safe_load(gen_views.DEFAULTS)['generator'], 'model': str(ROOT / 'tiny/unclip'), 'steps': options['steps'],
-            'guidance_scale': 10.0 if full else 2.0, **{k: bool(options[k]) for k in ('compile', 'vae_slicing')}}
+    spec = {**yaml.safe_load(gen_views.DEFAULTS)['generator'], 'model': str(ROOT / 'tiny/unclip'),
+            'steps': options['steps'], 'guidance_scale': 10.0 if full else 2.0,
+            **{k: bool(options[k]) for k in ('compile', 'vae_slicing')}}
     levels, random = gen_views.LEVELS, np.random.default_rng(0)
     shape = (375, 500, 3) if full else (32, 32, 3)
     images = [Image.fromarray(random.integers(0, 256, shape, dtype=np.uint8)) for _ in range(batch_size)]

@@ -25,7 +25,8 @@ from PIL import Image, ImageFilter
 import bench
 import data
 
-options = bench.options(size=224, workers=os.cpu_count(), rounds=3, seconds=8.0, images=0, batch_size=0, blur='pil', quality=90)
+options = bench.options(size=224, workers=os.cpu_count(), rounds=3, seconds=8.0, images=0, batch_size=0, blur='pil',
+                        quality=90)
 size, workers, seconds = options['size'], options['workers'], options['seconds']
 n = options['images'] or (1024 if size > 64 else 8192)       # samples an epoch; every pair of images comes four times
 batch_size = options['batch_size'] or (64 if size > 64 else 256)

@@ -4,8 +4,8 @@
     python benchmarks/methods.py methods=byol,swav views=baseline seed=1     # a part of it
 
 2,500 images, ResNet-18 of width 32, 20 epochs in batches of 256, SGD, one learning rate for all that are not named in
-METHODS: far too little to tell which method is best, and none is tuned. What is finished is not done again. Numbers go to
-results/cifar10_methods.json; the table is made from that file.
+METHODS: far too little to tell which method is best, and none is tuned. What is finished is not done again. Numbers go
+to results/cifar10_methods.json; the table is made from that file.
 """
 import json
 import sys

@@ -42,7 +42,8 @@ def main():
     levels = np.load(here / 'fg/fg_proportion.npz')['noise_level']
     print('\n' + '=' * 80)
     print('GenView on 2,500 images of CIFAR-10 (10 classes: guessing is right for 10 %)\n')
-    print('  seconds   ' + ', '.join(f'{t} {s:.0f}' for t, s in seconds.items()) + f'; in all {sum(seconds.values()):.0f}')
+    print('  seconds   ' + ', '.join(f'{t} {s:.0f}' for t, s in seconds.items())
+          + f'; in all {sum(seconds.values()):.0f}')
     print('  levels    ' + ', '.join(f'{n} images at noise level {level}' for level, n in
                                      zip(*np.unique(levels, return_counts=True))))
     print(f"  pictures  {RUN}/views/pairs.png      images (above) and what the generator made of them (below)\n"
@@ -55,8 +56,8 @@ def main():
         result = json.loads((here / folder / 'results.json').read_text())
         print(f"    {name:<45} {result['knn']['top1']:>10.1f} %  {result['linear']['top1']:>12.1f} %")
     print('\nA small encoder, few images, few epochs, one seed: differences of one or two points between the last two\n'
-          'lines are chance. README.md ("Does it help?") says what larger runs have shown and how to make\n'
-          'them, and tells how to run the full protocol and your own images.')
+          'lines are chance. docs/effect.md says what larger runs have shown and how to make them;\n'
+          'README.md tells how to run the full protocol and your own images.')
 
 
 if __name__ == '__main__':

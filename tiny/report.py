@@ -121,10 +121,10 @@ def report(args, device):
             columns[scale, level] = views
             seen, found = judge(views)
             second, other = views[:len(again)], judge(again)[1]
-            print(f'guidance {scale}  level {level}: class kept {(seen.argmax(1) == labels).float().mean():.3f}  to the '
-                  f'source: CLIP cosine {F.cosine_similarity(encode(views)[1], embeddings).mean():.3f}  '
-                  f'pixels {rms(views, x):.1f}  features {(found - features).norm(dim=1).mean():.2f}  between two views: '
-                  f'CLIP cosine {F.cosine_similarity(encode(second)[1], encode(again)[1]).mean():.3f}  '
+            print(f'guidance {scale}  level {level}: class kept {(seen.argmax(1) == labels).float().mean():.3f}  to '
+                  f'the source: CLIP cosine {F.cosine_similarity(encode(views)[1], embeddings).mean():.3f}  '
+                  f'pixels {rms(views, x):.1f}  features {(found - features).norm(dim=1).mean():.2f}  between two '
+                  f'views: CLIP cosine {F.cosine_similarity(encode(second)[1], encode(again)[1]).mean():.3f}  '
                   f'pixels {rms(second, again):.1f}  features {(found[:len(again)] - other).norm(dim=1).mean():.2f}  '
                   f'{rate:.1f} views/s', flush=True)
             print('  class kept, of class 0 to 9: ' + ' '.join(

@@ -165,8 +165,8 @@ def least_squares(known, known_labels, features, labels):
 def train(name, args, model, loss_of, lr, steps, batch_size, count, device, report=None, ema_decay=None):
     """AdamW with warm-up and linear decay to zero; a checkpoint every 200 steps, from which the same command goes on.
 
-    loss_of(indices, generator, progress) -> scalar loss; random numbers come from (seed, step), so a resumed run equals an
-    undisturbed one. Returns the model with its averaged weights (ema_decay) in place."""
+    loss_of(indices, generator, progress) -> scalar loss; random numbers come from (seed, step), so a resumed run equals
+    an undisturbed one. Returns the model with its averaged weights (ema_decay) in place."""
     path, batch_size = args.work / f'{name}.ckpt', args.batch_size or batch_size
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.01)
     average = {k: v.detach().clone() for k, v in model.state_dict().items()} if ema_decay else None
@@ -268,10 +268,10 @@ def encoder(args, device):
 
 
 def learn(name, args, device, data, visual, patch, lr, steps):
-    """Trains `visual`: its embedding towards target (N, 2, D), of the images and of the mirrored ones, and towards their
-    classes; patch(its patch tokens) towards tokens (M, 64, C), their first channel towards size x subjects (M, 64), both
-    of the images `some`, which are half of every batch. All of these are in data, and weight (D,), of the embedding's
-    parts."""
+    """Trains `visual`: its embedding towards target (N, 2, D), of the images and of the mirrored ones, and towards
+    their classes; patch(its patch tokens) towards tokens (M, 64, C), their first channel towards size x subjects
+    (M, 64), both of the images `some`, which are half of every batch. All of these are in data, and weight (D,), of
+    the embedding's parts."""
     images, labels, some, target, tokens, subjects, size = (
         data[k] for k in ('images', 'labels', 'some', 'target', 'tokens', 'subjects', 'size'))
     model = nn.ModuleDict(dict(visual=visual, patch=patch,
@@ -426,7 +426,7 @@ def text_models():
     text_encoder = CLIPTextModel(CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
         max_position_embeddings=8, projection_dim=32, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)).half().float()  # as it will be read back
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)).half().float()  # as read back
     return tokenizer, text_encoder.eval()
 
 
@@ -539,7 +539,7 @@ def export(args, device):
 # refine: the exported diffusion model learns to draw what the teacher recognises
 
 def implied(noisy, velocity, t):
-    """The clean latents (B, 16, 8, 8), times the scaling factor, that a predicted velocity implies at timesteps t (B,)."""
+    """The clean latents (B, 16, 8, 8), times the scaling factor, that a predicted velocity implies at times t (B,)."""
     share = schedulers()[0].alphas_cumprod[t].view(-1, 1, 1, 1).to(noisy.device)
     return share.sqrt() * noisy - (1 - share).sqrt() * velocity
 
@@ -552,8 +552,8 @@ def look(teacher, x):
 
 
 def perceptual_loss(drawn, meant, centre, spread):
-    """Distance of two look()s: maps with channels of unit length at each place (LPIPS, arXiv 1801.03924, without learned
-    weights), and one minus the cosine of the pooled features, standardised by centre and spread (1280,)."""
+    """Distance of two look()s: maps with channels of unit length at each place (LPIPS, arXiv 1801.03924, without
+    learned weights), and one minus the cosine of the pooled features, standardised by centre and spread (1280,)."""
     def unit(x):
         return x / (x.norm(dim=1, keepdim=True) + 1e-4)
 
@@ -568,7 +568,7 @@ def refine(args, device):
     the other stages it needs nothing but the shipped folder, and done twice it refines twice.
 
     Of half a batch the clean latents that the prediction implies are decoded, and the teacher compares the picture with
-    the original. Such a loss of the denoised picture (arXiv 2401.00110 takes the diffusion model itself for the teacher)
+    the original. Such a loss of the denoised picture (arXiv 2401.00110 takes the diffusion model itself for teacher)
     puts the few steps that two cores can afford where subjects are decided."""
     import open_clip
     from diffusers import AutoencoderTiny, UNet2DConditionModel
@@ -617,7 +617,7 @@ if __name__ == '__main__':
     parser.add_argument('--teacher', default='efficientnet-lite0-57934424.pth')
     parser.add_argument('--work', type=Path, default=Path('runs/tiny'))
     parser.add_argument('--steps', type=int, default=None)
-    parser.add_argument('--batch-size', type=int, default=None, help='training: of a step; default: what two cores bear')
+    parser.add_argument('--batch-size', type=int, default=None, help='of a training step; default: what two cores bear')
     parser.add_argument('--seed', type=int, default=0)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
