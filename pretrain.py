@@ -366,6 +366,15 @@ def due(epoch, batch, config):
     return epoch % config['save_every_epochs'] == 0 or epoch == config['epochs']
 
 
+def look_at_neighbours(monitor, model, step, steps_per_epoch, config, log):
+    """Log the kNN accuracy where an epoch has ended after which it is asked for."""
+    epoch, batch = divmod(step, steps_per_epoch)
+    if epoch and not batch and (epoch % config['knn']['every'] == 0 or epoch == config['epochs']):
+        average_running_statistics(model)
+        accuracy = monitor.accuracy(model.backbone)
+        log.write(f'epoch {epoch}: kNN accuracy {accuracy:.2%}', step=step, knn_accuracy=round(accuracy, 5))
+
+
 def health(losses, figures, weights, qualities, config):
     """Figures for the log that show whether the run is well."""
     line = {'loss': global_mean(torch.stack(losses).mean()), **{k: global_mean(v) for k, v in figures.items()}}
@@ -405,7 +414,7 @@ def main(config):
     check(config, world)
     mean, std = normalization(config['normalization'], NORMALIZATIONS['clip'])
     dtype = precision_dtype(config['precision'], device)
-    settings, epochs, accumulate, knn = (config[key] for key in ('optimizer', 'epochs', 'accumulate', 'knn'))
+    settings, epochs, accumulate = (config[key] for key in ('optimizer', 'epochs', 'accumulate'))
     folder = Path(config['output'])
     checkpoint, finished = folder / 'checkpoint.pt', folder / 'backbone.pt'
     saved = earlier(checkpoint, config, (*BOOKKEEPING, *{*BLOCKS.values()} - {BLOCKS[config['method']]}))
@@ -422,8 +431,8 @@ def main(config):
     last_step = epochs * steps_per_epoch
     small = config['small_crops']
     enlarged = check_size(loader, {'image_size': config['image_size'],
-                                   'small_crops.size': small['size'] if small['count'] else 0})
-    monitor = Monitor(config, (mean, std), dtype, processes) if knn['every'] else None
+                                   'small_crops.size': small['count'] and small['size']})
+    monitor = Monitor(config, (mean, std), dtype, processes) if config['knn']['every'] else None
     beton = sha256(json.dumps(loader.sidecar['crc32']).encode()).hexdigest()
     if saved and saved['beton'] != beton:
         raise Fail(f"{checkpoint} was made with another content of data.beton ({config['data']['beton']}); set another "
@@ -446,18 +455,8 @@ def main(config):
     introduce(log, model, loader, config, processes, dtype, steps_per_epoch, step)
     losses, waited, since, last_saved, leave = [], 0.0, time.perf_counter(), step if saved else None, False
 
-    def look_at_neighbours():
-        average_running_statistics(model)
-        accuracy = monitor.accuracy(model.backbone)
-        log.write(f'epoch {step // steps_per_epoch}: kNN accuracy {accuracy:.2%}', step=step,
-                  knn_accuracy=round(accuracy, 5))
-
-    def asked_for_neighbours():
-        epoch, batch = divmod(step, steps_per_epoch)
-        return monitor and epoch and not batch and (epoch % knn['every'] == 0 or epoch == epochs)
-
-    if saved and asked_for_neighbours() and f'"step": {step}, "knn_accuracy"' not in (folder / 'log.jsonl').read_text():
-        look_at_neighbours()  # the run ended between saving the epoch and this
+    if monitor and saved and f'"step": {step}, "knn_accuracy"' not in (folder / 'log.jsonl').read_text():
+        look_at_neighbours(monitor, model, step, steps_per_epoch, config, log)  # it ended between saving and this
     bar = tqdm(total=last_step, initial=step, unit='step', dynamic_ncols=True, disable=None if processes.main else True)
     with closing(micro_batches(loader, step, steps_per_epoch, accumulate)) as batches:
         while step < last_step and not leave:
@@ -508,8 +507,8 @@ def main(config):
                 stop_if_not_finite(losses, trained, step, last_saved, checkpoint)
                 save(checkpoint, model, optimizer, scaler, step, steps_per_epoch, config, beton, processes)
                 last_saved = step
-            if not leave and asked_for_neighbours():
-                look_at_neighbours()
+            if monitor and not leave:
+                look_at_neighbours(monitor, model, step, steps_per_epoch, config, log)
             since += time.perf_counter() - paused  # images/s are those of training
     bar.close()
     if leave:
