@@ -64,7 +64,7 @@ def chunk_defects(path, records, views, side):
     try:
         files = read_chunk(path)
     except Exception as error:                           # a damaged header can be anything
-        return [('unreadable chunks', f'{path.name}: {error}')], {}, ''
+        return [('unreadable chunks', f"{path.name}: {' '.join(str(error).split())}")], {}, ''
     named, failed, makers = {f'{i:08d}.json': i for i in records}, set(), set()
     wrong = [('files too many', f'{path.name}/{name}') for name in files if name not in named and name not in views]
     for name, i in named.items():
@@ -108,8 +108,9 @@ class StoredViews:
                 try:
                     files = read_chunk(path)
                 except (OSError, tarfile.TarError) as error:
-                    raise Fail(f'{path}: cannot be read ({error}); delete it, and the same command makes it '
-                               'again') from None
+                    reason = ' '.join(str(error).split())  # tarfile's has a line for each kind of compression
+                    raise Fail(f'{path}: cannot be read ({reason}); delete it, and the same command makes it again'
+                               ) from None
                 self.chunks = {**dict(list(self.chunks.items())[-1:]), number: files}  # neighbours ask in turn
             files = self.chunks[number]
         return [np.asarray(Image.open(io.BytesIO(files[n])).convert('RGB')) for n in self.names(i) if n in files]

@@ -81,7 +81,7 @@ def check(config, world):
     for key in ('checkpoint', 'train_beton', 'test_beton'):
         if not isinstance(config[key], str):
             raise Fail(f'{key}: must name a file, e.g. {key}=runs/...')
-    for key, value in (*((k, config[k]) for k in ('epochs', 'batch_size', 'batch', 'log_every')),
+    for key, value in (*((k, config[k]) for k in ('epochs', 'batch_size', 'batch', 'log_every', 'num_workers')),
                        ('image_size', config['image_size'] or 1), ('resize', config['resize'] or 1),
                        *(('milestones', epoch) for epoch in config['milestones'])):
         if type(value) is not int or value < 1:

@@ -1,8 +1,31 @@
-"""Fixtures that several test files share."""
+"""What several test files share: fixtures, and drawn images to import from here."""
+import json
 import signal
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+
+FULL = dict(size=32, crop_scale=[0.2, 1.0], flip=0.5, jitter=[0.4, 0.4, 0.2, 0.1], jitter_prob=0.8, gray_prob=0.2,
+            blur_prob=0.5, blur_sigma=[0.1, 2.0], solarize_prob=0.2)
+
+
+def picture(seed, h=40, w=48):
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8)).resize((w, h), Image.BICUBIC)
+    return np.clip(np.asarray(small) + rng.normal(0, 10, (h, w, 3)), 0, 255).astype(np.uint8)
+
+
+def coloured_samples():
+    """Samples for write_beton: images of 16 px whose 3 classes differ in colour, separable in any network."""
+    random = np.random.default_rng(0)
+
+    def samples(i):
+        image = random.integers(0, 60, (16, 16, 3), np.uint8)
+        image[..., i % 3] += 150
+        return image, None, i % 3, i, -1
+    return samples
 
 
 @pytest.fixture(scope='module')
@@ -21,3 +44,30 @@ def signal_handlers():
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+TEXT = {'context_length': 8, 'vocab_size': 64, 'width': 16, 'heads': 2, 'layers': 1}
+TOWERS = {'vit': {'image_size': 32, 'patch_size': 4, 'width': 24, 'layers': 2, 'head_width': 12},
+          'convnext': {'image_size': 96, 'timm_model_name': 'convnext_atto', 'timm_pool': '', 'timm_proj': 'linear',
+                       'timm_model_pretrained': False}}
+
+
+@pytest.fixture(scope='session')
+def clips(tmp_path_factory):
+    """Folders in open_clip's format with random weights: {'vit': path, 'convnext': path}."""
+    import open_clip
+    from safetensors.torch import save_file
+    folders = {}
+    for name, tower in TOWERS.items():
+        folders[name] = folder = tmp_path_factory.mktemp(name)
+        (folder / 'open_clip_config.json').write_text(json.dumps({
+            'model_cfg': {'embed_dim': 20, 'vision_cfg': tower, 'text_cfg': TEXT},
+            'preprocess_cfg': {'mean': [0.5, 0.4, 0.3], 'std': [0.2, 0.3, 0.4]}}))
+        torch.manual_seed(0)
+        model = open_clip.create_model(f'local-dir:{folder}')
+        for key, weight in model.named_parameters():  # fresh norms are the identity: a test could not see a missing one
+            if weight.ndim == 1:
+                torch.nn.init.uniform_(weight, 0.5, 1.5)
+        save_file({key: value.contiguous() for key, value in model.state_dict().items()},
+                  folder / 'open_clip_model.safetensors')
+    return folders

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / 'benchmarks')]  # in this order: both have a gen_views and a fg_proportion
 import pretrain  # noqa: E402
 from common import load_config, save_json  # noqa: E402
 
@@ -73,7 +73,7 @@ def test_stage_1_benchmark(tmp_path):
 
 
 def test_table_of_the_effect(capsys):
-    """Mean, deviation, difference to the baseline and its 95 % interval: 2.776 standard errors for two groups of three."""
+    """Mean, deviation, difference to the baseline and its 95 % interval: 2.776 standard errors of two groups of 3."""
     values = {'baseline': [40., 41., 42.], 'adaptive': [43., 44., 48.], 'random': [50.]}
     effect.table([dict(row=row, seed=seed, knn=v, linear=2 * v, seconds=60)
                   for row, column in values.items() for seed, v in enumerate(column)])

@@ -18,9 +18,9 @@ from torch import nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from checkpoints import NORMALIZATIONS, export, load_backbone  # noqa: E402
 from common import Fail  # noqa: E402
-from data import CLIP_MEAN, CLIP_STD  # noqa: E402
-from models import ViT, build_backbone, export, load_backbone  # noqa: E402
+from models import ViT, build_backbone  # noqa: E402
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -89,7 +89,7 @@ def test_ours(tmp_path, resnets):
     momentum = {'state': {0: {'momentum_buffer': torch.zeros(8, 3, 3, 3)}}}
     content = {'model': model, 'optimizer': momentum, 'config': config}
     info = loaded(tmp_path / 'checkpoint.pt', content, images, features)
-    assert info['mean'] == CLIP_MEAN and info['std'] == CLIP_STD and info['image_size'] == 16
+    assert (info['mean'], info['std']) == NORMALIZATIONS['clip'] and info['image_size'] == 16
     assert info['patch_size'] is None and 'momentum_backbone' in info['note']
 
 
@@ -325,7 +325,7 @@ def test_exported_files_load_in_torchvision_and_here(tmp_path):
     known = {'arch': 'resnet18', 'stem': 'imagenet', 'width': 64, 'mean': MEAN, 'std': STD, 'image_size': 64}
     state = {k: v for k, v in source.state_dict().items() if not k.startswith('fc.')}
     torch.save({'state_dict': state, **known}, tmp_path / 'backbone.pt')
-    command = [sys.executable, str(ROOT / 'models.py'), str(tmp_path / 'backbone.pt'), str(tmp_path / 'out')]
+    command = [sys.executable, str(ROOT / 'checkpoints.py'), str(tmp_path / 'backbone.pt'), str(tmp_path / 'out')]
     run = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0 and 'resnet18' in run.stdout, run.stderr
     source.fc = nn.Identity()
@@ -345,6 +345,13 @@ def test_exported_files_load_in_torchvision_and_here(tmp_path):
     assert sorted(card['names'].values()) == sorted(detectron['model'])
     run = subprocess.run([*command[:2], 'none.pt', 'out'], capture_output=True, text=True, timeout=600)
     assert run.returncode == 2 and run.stderr.count('\n') == 1 and 'none.pt: no such checkpoint' in run.stderr
+
+
+def test_the_old_command_names_the_new_one():
+    command = [sys.executable, str(ROOT / 'models.py'), 'backbone.pt', 'out']
+    run = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 1 and not run.stdout
+    assert run.stderr == 'models.py: exports have moved: python checkpoints.py CHECKPOINT FOLDER\n'
 
 
 def test_what_is_peculiar_travels_with_the_export(tmp_path, resnets, vit):

@@ -1,3 +1,4 @@
+"""data.py: betons that are damaged in every way, writing them, the loader's order, pixels and errors."""
 import gc
 import inspect
 import json
@@ -14,22 +15,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torchvision.transforms as T
 import torchvision.transforms.functional as F
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
-from data import DataError, PairLoader, open_beton, source_dataset, write_beton  # noqa: E402
-
-FULL = dict(size=32, crop_scale=[0.2, 1.0], flip=0.5, jitter=[0.4, 0.4, 0.2, 0.1], jitter_prob=0.8, gray_prob=0.2,
-            blur_prob=0.5, blur_sigma=[0.1, 2.0], solarize_prob=0.2)
-
-
-def picture(seed, h=40, w=48):
-    rng = np.random.default_rng(seed)
-    small = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8)).resize((w, h), Image.BICUBIC)
-    return np.clip(np.asarray(small) + rng.normal(0, 10, (h, w, 3)), 0, 255).astype(np.uint8)
+from common import Fail  # noqa: E402
+from conftest import FULL, picture  # noqa: E402
+from data import PairLoader, open_beton, write_beton  # noqa: E402
 
 
 def sample(i):
@@ -128,14 +121,14 @@ def test_every_damage_is_one_clear_line(copy, fault):
     damage, words = FAULTS[fault]
     open_beton(copy)                                     # remembered as good: the damage must be seen all the same
     damage(copy)
-    with pytest.raises(DataError, match=words) as e:
+    with pytest.raises(Fail, match=words) as e:
         PairLoader(copy, [FULL], batch_size=4, seed=0, num_workers=1)
     assert str(copy) in str(e.value) and '\n' not in str(e.value) and len(str(e.value)) < 400
 
 
 def test_metadata_is_checked_without_verify(copy):
     flip(copy, 24 + 5 * 1041 + 30)
-    with pytest.raises(DataError, match='damaged'):
+    with pytest.raises(Fail, match='damaged'):
         open_beton(copy, verify=False)
 
 
@@ -144,7 +137,7 @@ def test_a_beton_with_other_fields_is_refused(copy):
         file.seek(24 + 1041 + 1)
         file.write(b'wiew')
     reseal(copy)
-    with pytest.raises(DataError, match='its fields are image, wiew'):
+    with pytest.raises(Fail, match='its fields are image, wiew'):
         open_beton(copy)
 
 
@@ -200,14 +193,14 @@ def test_no_image_crosses_a_page_and_all_lie_in_order(tmp_path):
     (lambda: 1 / 0, 'division by zero')])
 def test_a_bad_sample_stops_the_writer_and_leaves_nothing(tmp_path, bad, words):
     before = threading.active_count()
-    with pytest.raises((DataError, ZeroDivisionError), match=words) as e:
+    with pytest.raises((Fail, ZeroDivisionError), match=words) as e:
         write_beton(tmp_path / 'b.beton', lambda i: bad() if i == 7 else sample(i), 30, {})
     assert 'division' in words or 'sample 7' in str(e.value)
     assert os.listdir(tmp_path) == [] and threading.active_count() == before
 
 
 def test_settings_that_are_no_json_are_refused_before_any_work(tmp_path):
-    with pytest.raises(DataError, match='JSON'):
+    with pytest.raises(Fail, match='JSON'):
         write_beton(tmp_path / 'b', lambda i: pytest.fail('a sample was asked for'), 3, {'a': object()})
 
 
@@ -222,8 +215,9 @@ def test_odd_memory_layouts_are_stored_right(tmp_path):
 
 
 def run(code, *args, **kwargs):
-    """A Python process that runs `code`, with data and numpy imported and a sample to write."""
-    head = f'import sys, time; sys.path.insert(0, {str(Path(data.__file__).parent)!r})\nimport numpy as np, data\n' \
+    """A Python process that runs `code`, with our modules and numpy imported and a sample to write."""
+    head = f'import sys, time; sys.path.insert(0, {str(Path(data.__file__).parent)!r})\n' \
+        'import numpy as np, augment, common, data\n' \
         'pixels = np.arange(6000, dtype=np.uint8).reshape(40, 50, 3)\n'
     return subprocess.Popen([sys.executable, '-c', head + inspect.cleandoc(code), *map(str, args)], text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)
@@ -245,7 +239,7 @@ def test_a_killed_writer_leaves_no_beton_no_process_no_shared_memory(tmp_path):
         time.sleep(0.2)
         os.killpg(process.pid, 0)
     assert set(os.listdir('/dev/shm')) <= shared and not (tmp_path / 'b.beton').exists()
-    with pytest.raises(DataError, match='half-written'):
+    with pytest.raises(Fail, match='half-written'):
         open_beton(tmp_path / 'b.beton')
     write_beton(tmp_path / 'b.beton', sample, 5, {})     # the same command again
     assert open_beton(tmp_path / 'b.beton')['samples'] == 5 and not list(tmp_path.glob('*.partial'))
@@ -257,7 +251,7 @@ def test_disk_full_is_one_error_and_leaves_nothing(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (3 << 20, 3 << 20))
         try:
             data.write_beton(sys.argv[1], lambda i: (pixels, None, 0, i, -1), 2000, {})
-        except data.DataError as e:
+        except common.Fail as e:
             print(e)''', tmp_path / 'b.beton')
     out, err = process.communicate(timeout=600)
     assert out.count('\n') == 1 and 'cannot be written: File too large' in out and str(tmp_path) in out, out + err
@@ -266,7 +260,7 @@ def test_disk_full_is_one_error_and_leaves_nothing(tmp_path):
 
 def test_two_writers_of_one_file(tmp_path):
     def nested(i):
-        with pytest.raises(DataError, match='another process'):
+        with pytest.raises(Fail, match='another process'):
             write_beton(tmp_path / 'b', sample, 5, {})
         return sample(i)
     write_beton(tmp_path / 'b', nested, 3, {}, num_workers=1)
@@ -274,7 +268,7 @@ def test_two_writers_of_one_file(tmp_path):
 
 
 def test_an_unwritable_folder(tmp_path):
-    with pytest.raises(DataError, match='cannot be written'):
+    with pytest.raises(Fail, match='cannot be written'):
         write_beton(tmp_path / 'missing' / 'b', sample, 5, {})
 
 
@@ -294,134 +288,6 @@ def test_stock_ffcv_reads_it(tmp_path):
             assert (int(label[k]), int(index[k]), int(noise_level[k])) == (seen % 3, 7 * seen, 100)
             seen += 1
     assert seen == 10
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Augmentations against torchvision on PIL
-
-def planar(image):
-    return np.ascontiguousarray(image.reshape(-1, 3).T)
-
-
-def interleaved(p, size):
-    return p.T.reshape(size, size, 3).astype(int)
-
-
-@pytest.mark.parametrize('size', [7, 32, 96, 224])
-@pytest.mark.parametrize('name, ours, theirs', [
-    ('brightness', lambda p: data._brightness(p, 1.37), lambda x: F.adjust_brightness(x, 1.37)),
-    ('darkness', lambda p: data._brightness(p, 0.0), lambda x: F.adjust_brightness(x, 0.0)),
-    ('contrast', lambda p: data._contrast(p, 0.61), lambda x: F.adjust_contrast(x, 0.61)),
-    ('more contrast', lambda p: data._contrast(p, 1.8), lambda x: F.adjust_contrast(x, 1.8)),
-    ('saturation', lambda p: data._saturation(p, 1.21), lambda x: F.adjust_saturation(x, 1.21)),
-    ('less saturation', lambda p: data._saturation(p, 0.3), lambda x: F.adjust_saturation(x, 0.3)),
-    ('grayscale', lambda p: data._grayscale(p), lambda x: F.rgb_to_grayscale(x, 3)),
-    ('solarize', lambda p: data._solarize(p), lambda x: F.solarize(x, 128))])
-def test_colour_operations_are_exact(size, name, ours, theirs):
-    image = picture(size, size, size)
-    p = planar(image)
-    ours(p)
-    want = np.asarray(theirs(Image.fromarray(image))).astype(int)
-    assert (interleaved(p, size) == want).all() and (want != image).any()
-
-
-@pytest.mark.parametrize('shift', [-0.5, -0.37, -0.01, 0.08, 0.1, 0.5])
-def test_hue_is_exact(shift):
-    levels = np.r_[0:256:3, 1:256:29, 255].astype(np.uint8)
-    levels = np.unique(levels)
-    n = int(len(levels) ** 1.5) + 1
-    colours = np.zeros((n * n, 3), np.uint8)
-    every = np.stack(np.meshgrid(levels, levels, levels, indexing='ij'), -1).reshape(-1, 3)
-    colours[:len(every)] = every
-    p = planar(colours)
-    data._hue(p, shift)
-    assert (interleaved(p, n) == np.asarray(F.adjust_hue(Image.fromarray(colours.reshape(n, n, 3)), shift))).all()
-
-
-@pytest.mark.parametrize('size, kernel', [(32, 3), (96, 9), (224, 23)])
-@pytest.mark.parametrize('sigma', [0.1, 0.5, 1.0, 2.0])
-def test_blur_is_within_one_level(size, kernel, sigma):
-    image = picture(size, size, size)
-    p = planar(image)
-    data._blur(p, size, sigma, np.empty(2 * size * size, np.float32))
-    difference = interleaved(p, size) - np.asarray(F.gaussian_blur(Image.fromarray(image), kernel, [sigma]))
-    assert abs(difference).max() <= 1 and (difference != 0).mean() < 0.01
-
-
-def render(image, recipe, key):
-    """One view of an image by our kernel and by torchvision with the same parameters; and the parameters."""
-    row = np.array(data._recipe_row(recipe, 'recipe'))
-    size, (h, w) = recipe['size'], image.shape[:2]
-    d = data._draw(np.uint64(key), row, h, w)
-    out = np.empty(3 * size * size, np.uint8)
-    data._augment(image.reshape(-1), h, w, row, d, np.empty(3 * h * size, np.uint8),
-                  np.empty(3 * size * size, np.uint8), np.empty(2 * size * size, np.float32), out)
-    x = Image.fromarray(image)
-    if recipe.get('crop_scale'):
-        box = [int(d[k]) for k in (data.TOP, data.LEFT, data.HEIGHT, data.WIDTH)]
-        direct, full = F.resized_crop(x, *box, [size, size]), (size, size)
-        x = F.crop(x, *box)
-    else:
-        full = F.resize(x, recipe.get('resize', size)).size
-        direct = F.center_crop(F.resize(x, recipe.get('resize', size)), size)
-    # Pillow up to 12 resizes across, then down, as we do; Pillow 13 swaps the passes of some shapes: one level at most
-    x = F.center_crop(x.resize((full[0], x.height), Image.BILINEAR).resize(full, Image.BILINEAR), size)
-    assert abs(np.asarray(x).astype(int) - np.asarray(direct)).max() <= 1
-    x = F.hflip(x) if d[data.FLIPPED] else x
-    for k in data.ORDERS[int(d[data.ORDER])] if d[data.FH] else ():
-        x = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)[k](x, d[data.FB + k])
-    x = F.rgb_to_grayscale(x, 3) if d[data.GRAYED] else x
-    x = F.gaussian_blur(x, int(0.1 * size) | 1, [d[data.SIGMA]]) if d[data.SIGMA] else x
-    x = F.solarize(x, 128) if d[data.SOLARIZED] else x
-    return out.reshape(size, size, 3).astype(int), np.asarray(x).astype(int), d
-
-
-@pytest.mark.parametrize('size', [24, 64, 160])           # of a 90 x 130 image: shrinks, both, enlarges
-def test_whole_view_equals_torchvision(size):
-    image, blurred = picture(5, 90, 130), 0
-    for key in range(60):
-        ours, theirs, d = render(image, {**FULL, 'size': size}, key)
-        off = abs(ours - theirs)
-        if not d[data.SIGMA]:
-            assert off.max() == 0, key
-        elif not d[data.SOLARIZED]:                      # which turns a blurred 127 or 128 into far apart levels
-            assert off.max() <= 1 and (off > 0).mean() < 0.01, key
-        blurred += d[data.SIGMA] > 0
-    assert 10 < blurred < 50
-
-
-@pytest.mark.parametrize('h, w', [(90, 130), (131, 77), (40, 40), (20, 33)])
-def test_evaluation_crop_equals_torchvision(h, w):
-    ours, theirs, _ = render(picture(6, h, w), {'size': 40, 'resize': 46}, 0)
-    assert (ours == theirs).all()
-    ours, theirs, _ = render(picture(6, h, w), {'size': 40}, 0)
-    assert (ours == theirs).all()
-
-
-@pytest.mark.parametrize('h, w', [(90, 130), (200, 60), (32, 32)])
-def test_draws_have_torchvisions_distribution(h, w):
-    n, row = 3000, np.array(data._recipe_row({**FULL, 'crop_scale': [0.08, 1.0]}, 'recipe'))
-    ours = np.array([data._draw(np.uint64(data._key(1, 2, i, 0)), row, h, w) for i in range(n)])
-    torch.manual_seed(0)
-    image = Image.new('RGB', (w, h))
-    theirs = np.array([T.RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(n)])
-    a = np.column_stack([ours[:, :4], ours[:, 2] * ours[:, 3], ours[:, 2] / ours[:, 3]])
-    b = np.column_stack([theirs, theirs[:, 2] * theirs[:, 3], theirs[:, 2] / theirs[:, 3]])
-    for k in range(6):                                   # two-sample Kolmogorov-Smirnov: 1.95 is the 0.1 % level
-        grid = np.unique(np.concatenate([a[:, k], b[:, k]]))
-        gap = abs(np.searchsorted(np.sort(a[:, k]), grid, 'right') - np.searchsorted(np.sort(b[:, k]), grid, 'right'))
-        assert gap.max() / n < 1.95 * (2 / n) ** 0.5, k
-    jittered = ours[ours[:, data.FH] != 0]
-    near = lambda x, p: abs(x.mean() - p) < 4 * (p * (1 - p) / len(x)) ** 0.5
-    assert near(ours[:, data.FLIPPED], 0.5) and near(ours[:, data.FH] != 0, 0.8) and near(ours[:, data.GRAYED], 0.2)
-    assert near(ours[:, data.SIGMA] > 0, 0.5) and near(ours[:, data.SOLARIZED], 0.2)
-    assert (np.bincount(jittered[:, data.ORDER].astype(int), minlength=24) > 50).all()
-    for column, lo, hi in ((data.FB, 0.6, 1.4), (data.FC, 0.6, 1.4), (data.FS, 0.8, 1.2), (data.FH, -0.1, 0.1)):
-        x = jittered[:, column]
-        assert lo <= x.min() < lo + 0.01 and hi - 0.01 < x.max() <= hi
-        assert abs(x.mean() - (lo + hi) / 2) < 0.05 * (hi - lo)
-    independent = np.corrcoef(ours[:, [0, 1, 2, data.FLIPPED, data.FB, data.FC, data.FS, data.FH, data.GRAYED]].T)
-    assert abs(independent[3:, :][:, :3]).max() < 0.1 and abs(np.triu(independent[3:, 3:], 1)).max() < 0.1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -572,7 +438,7 @@ def test_betons_of_one_and_of_several_views_are_one_set(tmp_path):
     found = shown(loader, *range(6))
     assert {v for (_, i), v in found.items() if i >= 100} == {50}
     assert {v for (_, i), v in found.items() if i < 100} == {20, 100, 101}
-    with pytest.raises(DataError, match='sample 0: 2 views where 3 are expected'):
+    with pytest.raises(Fail, match='sample 0: 2 views where 3 are expected'):
         write_beton(tmp_path / 'c', lambda i: several(i, 2), 20, {}, views=3)
 
 
@@ -647,7 +513,7 @@ def test_positions_run_over_all_betons_and_find_the_right_images(raw, extra):
             want = np.asarray(F.center_crop(F.resize(Image.fromarray(image), 32), 32)).astype(int)
             difference = abs(view[k].permute(1, 2, 0).numpy() - want)
             assert difference.max() == 0 if k < 2 else difference.mean() < 12
-    with pytest.raises(DataError, match='positions from 0 to 69'):
+    with pytest.raises(Fail, match='positions from 0 to 69'):
         PairLoader([raw, extra], [FULL], batch_size=1, seed=0, num_workers=1, indices=[70])
 
 
@@ -667,23 +533,23 @@ def test_what_is_wrong_with_one_of_several_betons_names_it(raw, copy):
     with open(copy, 'r+b') as file:
         file.seek(int(regions['ptr'][23, 0]) + 2)
         file.write(bytes(40))
-    with pytest.raises(DataError, match='damaged') as damaged:
+    with pytest.raises(Fail, match='damaged') as damaged:
         load()
     reseal(copy)
-    with pytest.raises(DataError, match='`image` of the sample with index 230 is a JPEG that does not decode') as jpeg:
+    with pytest.raises(Fail, match='`image` of the sample with index 230 is a JPEG that does not decode') as jpeg:
         for _ in load().epoch(0):
             pass
     loader = load()
     os.truncate(copy, 99_999)
-    with pytest.raises(DataError, match='when it was opened') as shorter:
+    with pytest.raises(Fail, match='when it was opened') as shorter:
         loader.epoch(1)
     copy.unlink()
-    with pytest.raises(DataError, match='does not exist') as missing:
+    with pytest.raises(Fail, match='does not exist') as missing:
         load()
     for e in (damaged, jpeg, shorter, missing):
         assert str(copy) in str(e.value) and str(raw) not in str(e.value) and '\n' not in str(e.value)
     for path in ([], [raw, None], None, [[raw]]):
-        with pytest.raises(DataError, match='path: .* is neither the name of a beton nor a list'):
+        with pytest.raises(Fail, match='path: .* is neither the name of a beton nor a list'):
             PairLoader(path, [FULL], batch_size=4, seed=0, num_workers=1)
 
 
@@ -737,7 +603,7 @@ def test_two_epochs_at_once(jpg):
 
 def test_an_exception_in_a_worker_reaches_the_consumer(jpg, monkeypatch):
     loader = PairLoader(jpg, [FULL], batch_size=10, seed=0, num_workers=2)
-    monkeypatch.setattr(data, '_render', lambda *a: 1 / 0)
+    monkeypatch.setattr(data, 'render', lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         next(loader.epoch(0))
     monkeypatch.undo()
@@ -752,7 +618,7 @@ def test_a_jpeg_that_does_not_decode_is_named(copy, field):
         file.write(bytes(40))                            # overwrites the JPEG's tables
     reseal(copy)
     loader = PairLoader(copy, [FULL, FULL], batch_size=4, seed=0, num_workers=2)
-    with pytest.raises(DataError, match=f'`{field}` of the sample with index 230 is a JPEG that does not decode') as e:
+    with pytest.raises(Fail, match=f'`{field}` of the sample with index 230 is a JPEG that does not decode') as e:
         epoch(loader, 0)
     assert str(copy) in str(e.value)
     if field == 'view':                                  # alpha = 0 reads no views
@@ -764,9 +630,9 @@ def test_a_file_truncated_while_it_is_read(copy):
     batches = loader.epoch(0)
     next(batches)
     os.truncate(copy, 24 + 5 * 1041)
-    with pytest.raises(DataError, match='ends early: the file has been truncated'):
+    with pytest.raises(Fail, match='ends early: the file has been truncated'):
         list(batches)
-    with pytest.raises(DataError, match='when it was opened'):
+    with pytest.raises(Fail, match='when it was opened'):
         loader.epoch(1)
 
 
@@ -788,27 +654,17 @@ def test_a_file_truncated_while_it_is_read(copy):
     (dict(views=[]), 'views'),
     (dict(views=[FULL], swap='second'), 'swap'),
     (dict(views=[3]), r'views\[0\]'),
-    (dict(views=[FULL, {**FULL, 'jiter': 1}]), r"views\[1\]: unknown key 'jiter', did you mean 'jitter'"),
-    (dict(views=[{'flip': 0.5}]), 'size is None'),
-    (dict(views=[{'size': 1500}]), 'size is 1500'),
-    (dict(views=[{'size': 32.5}]), 'size'),
-    (dict(views=[{'size': 32, 'resize': 31}]), 'resize is 31'),
-    (dict(views=[{'size': 32, 'crop_scale': [0.5, 0.2]}]), 'crop_scale'),
-    (dict(views=[{'size': 32, 'crop_scale': 0.5}]), 'crop_scale'),
-    (dict(views=[{'size': 32, 'flip': 1.1}]), 'flip is 1.1'),
-    (dict(views=[{'size': 32, 'jitter': [0.4, 0.4]}]), 'jitter is'),
-    (dict(views=[{'size': 32, 'jitter': [0, 0, 0, 0.6]}]), 'jitter'),
-    (dict(views=[{'size': 32, 'blur_sigma': [0, 2]}]), 'blur_sigma'),
-    (dict(views=[{'size': 32, 'flip': 'yes'}]), "flip is 'yes'")])
+    (dict(views=[FULL, {**FULL, 'jiter': 1}]), r"views\[1\]: unknown key 'jiter'; did you mean 'jitter'"),
+    (dict(views=[FULL, {'flip': 0.5}]), r'views\[1\]: size is None')])
 def test_impossible_settings_are_refused_up_front(jpg, change, words):
-    with pytest.raises(DataError, match=words):
+    with pytest.raises(Fail, match=words):
         PairLoader(jpg, **{**dict(views=[FULL, FULL], batch_size=4, seed=0, num_workers=1), **change})
 
 
 def test_impossible_epochs(jpg):
     loader = PairLoader(jpg, [FULL], batch_size=4, seed=0, num_workers=1)
     for bad in ((-1,), (0, 16), (0, -1)):
-        with pytest.raises(DataError, match='out of range'):
+        with pytest.raises(Fail, match='out of range'):
             loader.epoch(*bad)
 
 
@@ -817,138 +673,14 @@ def test_a_second_process_and_a_new_recipe_compile_nothing(jpg):
     process = run('''
         views = [dict(size=24, crop_scale=[0.3, 0.9], blur_prob=1), dict(size=16, jitter=[1, 1, 1, .5]), dict(size=8)]
         loader = data.PairLoader(sys.argv[1], views, swap='first', batch_size=5, seed=9, num_workers=3)
-        print(len(list(loader.epoch(7))), len(data._render.stats.cache_hits), len(data._render.stats.cache_misses),
-              len(data._permutation_keys.stats.cache_misses))''', jpg)
+        print(len(list(loader.epoch(7))), len(augment.render.stats.cache_hits), len(augment.render.stats.cache_misses),
+              len(augment.permutation_keys.stats.cache_misses))''', jpg)
     out, err = process.communicate(timeout=600)
     assert out.split() == ['12', '1', '0', '0'], out + err
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Sources
-
-@pytest.fixture
-def folder(tmp_path):
-    for k, (split, name) in enumerate([('train', 'cat'), ('train', 'dog'), ('val', 'cat'), ('val', 'dog')]):
-        (tmp_path / split / name).mkdir(parents=True)
-        for i in range(5 - k % 2):
-            Image.fromarray(picture(10 * k + i)).save(tmp_path / split / name / f'{i}.png')
-    (tmp_path / 'train' / 'cat' / 'notes.txt').write_text('not an image')
-    return tmp_path
-
-
-def test_image_folder(folder):
-    source = source_dataset({'name': 'folder', 'root': str(folder)})
-    assert len(source) == 9 and source.classes == ['cat', 'dog'] and source.labels.tolist() == [0] * 5 + [1] * 4
-    image, label = source[6]
-    assert image.mode == 'RGB' and label == 1 and source.path(6) == 'dog/1.png'
-    assert (np.asarray(image) == picture(11)).all()
-    test = source_dataset({'name': 'folder', 'root': folder, 'split': 'test'})
-    assert (np.asarray(test[0][0]) == picture(20)).all()
-    assert [label for _, label in source] == source.labels.tolist()
-
-
-def test_flat_folder(folder):
-    source = source_dataset({'name': 'folder', 'root': folder / 'train' / 'dog'})
-    assert len(source) == 4 and source[2][1] == -1 and source.classes == [] and source.path(2) == '2.png'
-
-
-def test_subset_is_balanced_and_stable(folder):
-    pick = lambda n: source_dataset({'name': 'folder', 'root': folder, 'subset': n})
-    assert [pick(4).path(i) for i in range(4)] == ['cat/0.png', 'cat/1.png', 'dog/0.png', 'dog/1.png']
-    assert pick(3).labels.tolist() == [0, 0, 1] and len(pick(9)) == 9
-    for bad in (0, 10, 2.5):
-        with pytest.raises(DataError, match='subset'):
-            pick(bad)
-
-
-def test_an_unreadable_image_is_one_error_of_its_own(folder):
-    broken = folder / 'train' / 'cat' / '1.png'
-    broken.write_bytes(broken.read_bytes()[:200])
-    (folder / 'train' / 'cat' / '2.png').write_bytes(b'')
-    source = source_dataset({'name': 'folder', 'root': folder})
-    for i in (1, 2):
-        with pytest.raises(DataError, match=f'image {i} .cat/{i}.png. cannot be read'):
-            source[i]
-    assert source[0][0].size == source[3][0].size == (48, 40)
-
-
-def test_every_kind_of_image_becomes_rgb(tmp_path):
-    rgb = Image.fromarray(picture(0))
-    deep = (np.asarray(rgb.convert('L')).astype(np.uint16) * 257)
-    clear = rgb.copy()
-    clear.putalpha(Image.new('L', rgb.size, 0))
-    kinds = {'cmyk.jpg': rgb.convert('CMYK'), 'deep.png': Image.fromarray(deep), 'palette.png': rgb.convert('P'),
-             'gray.jpg': rgb.convert('L'), 'clear.png': clear, 'bits.png': rgb.convert('1'),
-             'la.png': rgb.convert('LA'), 'float.tiff': rgb.convert('F')}
-    for name, image in kinds.items():
-        image.save(tmp_path / name)
-    rgb.save(tmp_path / 'moves.gif', save_all=True, append_images=[Image.new('RGB', rgb.size)])
-    source = source_dataset({'name': 'folder', 'root': tmp_path})
-    found = {source.path(i): source[i][0] for i in range(len(source))}
-    assert len(found) == 9 and all(x.mode == 'RGB' and x.size == (48, 40) for x in found.values())
-    assert (np.asarray(found['deep.png'])[..., 0] == deep // 257).all()
-    assert (np.asarray(found['clear.png']) == 255).all()
-    assert abs(np.asarray(found['float.tiff'])[..., 0] - np.asarray(rgb.convert('F'))).max() <= 0.51
-    for name in ('cmyk.jpg', 'palette.png', 'moves.gif'):
-        assert abs(np.asarray(found[name]).astype(int) - picture(0)).mean() < 25
-
-
-@pytest.mark.parametrize('spec, words', [
-    ({'name': 'CIFAR11'}, "did you mean 'CIFAR10'"),
-    ({'name': 'tiny_imagenet'}, "did you mean 'tiny-imagenet'"),
-    ({'nam': 'CIFAR10'}, "unknown key 'nam', did you mean 'name'"),
-    ({'name': None}, 'no dataset is named'),
-    ('CIFAR10', 'expected the keys'),
-    ({'name': 'CIFAR10', 'split': 'all'}, 'split'),
-    ({'name': 'CIFAR10'}, 'CIFAR10 in .*: Dataset not found'),
-    ({'name': 'tiny-imagenet'}, 'tiny-imagenet is not in'),
-    ({'name': 'folder', 'root': 'nowhere'}, 'No such file'),
-    ({'name': 'STL10'}, 'dataset STL10 in'),
-    ({'name': 'folder'}, 'no images')])
-def test_a_wrong_dataset_is_one_clear_line(tmp_path, spec, words):
-    if isinstance(spec, dict):
-        spec = {**spec, 'root': str(tmp_path / spec.get('root', ''))}
-    with pytest.raises(DataError, match=words) as e:
-        source_dataset(spec)
-    assert '\n' not in str(e.value) and not os.listdir(tmp_path)
-
-
-def test_torchvision_dataset_by_name(tmp_path):
-    for i, name in enumerate(('a', 'b')):
-        (tmp_path / name).mkdir()
-        Image.fromarray(picture(i)).save(tmp_path / name / 'x.png')
-    source = source_dataset({'name': 'ImageFolder', 'root': str(tmp_path)})
-    assert len(source) == 2 and source[1][1] == 1 and source.path(1) == 'b/x.png'
-    assert (np.asarray(source[1][0]) == picture(1)).all()
-
-
-def test_cifar_that_cannot_be_fetched_leaves_nothing(tmp_path, monkeypatch):
-    import torchvision.datasets
-
-    def unreachable(root, train, download):
-        if download:
-            (Path(root) / 'half.tar.gz').write_bytes(b'half')
-        raise OSError('no such host')
-    monkeypatch.setattr(torchvision.datasets, 'CIFAR10', unreachable)
-    monkeypatch.setenv('PATH', '')                       # no npm either
-    with pytest.raises(DataError, match='CIFAR10 in .*no such host.*npm'):
-        source_dataset({'name': 'CIFAR10', 'root': tmp_path, 'download': True})
-    assert os.listdir(tmp_path) == []
-
-
-def test_cifar_with_a_wrong_pixel_is_refused(tmp_path):
-    images = {s: np.zeros((n, 32, 32, 3), np.uint8) for s, n in (('train', 50_000), ('test', 10_000))}
-    np.savez(tmp_path / 'cifar10.npz', **{f'{s}_images': x for s, x in images.items()}, classes=np.array(['a']),
-             **{f'{s}_labels': np.zeros(len(x), int) for s, x in images.items()})
-    for split in ('train', 'test'):
-        with pytest.raises(DataError, match='cifar10.npz is damaged .number, mean or checksum'):
-            source_dataset({'name': 'CIFAR10', 'root': tmp_path, 'split': split})
-    (tmp_path / 'cifar10.npz').write_bytes(b'PK')
-    with pytest.raises(DataError, match='damaged'):
-        source_dataset({'name': 'CIFAR10', 'root': tmp_path})
 
 
 def test_a_process_with_one_core_that_has_forked_ends():
     code = 'import os, data\nif not os.fork():\n    os._exit(0)\nos.wait()'
     one_core = dict(preexec_fn=lambda: os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}))
-    assert subprocess.run([sys.executable, '-c', code], cwd=Path(data.__file__).parent, timeout=300, **one_core).returncode == 0
+    done = subprocess.run([sys.executable, '-c', code], cwd=Path(data.__file__).parent, timeout=300, **one_core)
+    assert done.returncode == 0

@@ -1,4 +1,4 @@
-"""Stage 1 on small random models and images made here: the maths, the frozen encoder, the stage as users run it."""
+"""Stage 1 on small random models and images made here: the maths, the stage as users run it."""
 import errno
 import json
 import os
@@ -11,43 +11,18 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
-import open_clip
 import pytest
 import torch
 import yaml
 from PIL import Image
-from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import fg_proportion  # noqa: E402
 from common import Fail, atomic, load_config  # noqa: E402
-from models import FrozenClip  # noqa: E402
+from frozen_clip import FrozenClip  # noqa: E402
 
-TEXT = {'context_length': 8, 'vocab_size': 64, 'width': 16, 'heads': 2, 'layers': 1}
-TOWERS = {'vit': {'image_size': 32, 'patch_size': 4, 'width': 24, 'layers': 2, 'head_width': 12},
-          'convnext': {'image_size': 96, 'timm_model_name': 'convnext_atto', 'timm_pool': '', 'timm_proj': 'linear',
-                       'timm_model_pretrained': False}}
 N, UNREADABLE = 44, 13
-
-
-@pytest.fixture(scope='module')
-def clips(tmp_path_factory):
-    """Folders in open_clip's format with random weights: {'vit': path, 'convnext': path}."""
-    folders = {}
-    for name, tower in TOWERS.items():
-        folders[name] = folder = tmp_path_factory.mktemp(name)
-        (folder / 'open_clip_config.json').write_text(json.dumps({
-            'model_cfg': {'embed_dim': 20, 'vision_cfg': tower, 'text_cfg': TEXT},
-            'preprocess_cfg': {'mean': [0.5, 0.4, 0.3], 'std': [0.2, 0.3, 0.4]}}))
-        torch.manual_seed(0)
-        model = open_clip.create_model(f'local-dir:{folder}')
-        for key, weight in model.named_parameters():  # fresh norms are the identity: a test could not see a missing one
-            if weight.ndim == 1:
-                torch.nn.init.uniform_(weight, 0.5, 1.5)
-        save_file({key: value.contiguous() for key, value in model.state_dict().items()},
-                  folder / 'open_clip_model.safetensors')
-    return folders
 
 
 @pytest.fixture(scope='module')
@@ -145,83 +120,6 @@ def test_sign_puts_the_foreground_in_the_middle():
     assert 'not sure' in fg_proportion.choose_sign(noise, 0.4)[1]
     with pytest.raises(Fail, match='2 x 2 tokens'):
         fg_proportion.choose_sign(projection[:, :2, :2], 0.4)
-
-
-# ---------------------------------------------------------------------------------------------------
-# The frozen encoder
-
-def test_vit_tokens_and_embedding_by_hand(clips):
-    clip = FrozenClip({'model': str(clips['vit'])})
-    assert (clip.image_size, clip.token_dim, clip.embedding_dim) == (32, 24, 20)
-    assert clip.mean == (0.5, 0.4, 0.3) and clip.std == (0.2, 0.3, 0.4)
-    pixels = torch.randn(3, 3, 32, 32)
-    tokens, embedding = clip.forward(pixels)
-    v = clip.visual
-    with torch.no_grad():  # written out: no method of the tower but its layers
-        x = v.conv1(pixels).flatten(2).transpose(1, 2)
-        x = torch.cat([v.class_embedding.expand(3, 1, -1), x], 1) + v.positional_embedding
-        x = v.ln_pre(x)
-        for block in v.transformer.resblocks:
-            x = block(x)
-        x = v.ln_post(x)
-    expected = x[:, 1:].transpose(1, 2).reshape(3, 24, 8, 8)
-    torch.testing.assert_close(tokens, expected)
-    torch.testing.assert_close(embedding, x[:, 0] @ v.proj)
-    torch.testing.assert_close(clip.tokens(pixels), tokens)
-
-
-def test_convnext_tokens_and_embedding(clips):
-    clip = FrozenClip({'model': f"local-dir:{clips['convnext']}"})
-    pixels = torch.randn(2, 3, 96, 96)
-    tokens, embedding = clip.forward(pixels)
-    model = open_clip.create_model(f"local-dir:{clips['convnext']}").eval()
-    with torch.no_grad():
-        torch.testing.assert_close(tokens, model.visual.trunk.forward_features(pixels))
-        torch.testing.assert_close(embedding, model.encode_image(pixels))
-    torch.testing.assert_close(clip.tokens(pixels), tokens)
-    assert tokens.shape == (2, 320, 3, 3)
-    smaller = FrozenClip({'model': str(clips['convnext']), 'image_size': 64})
-    assert smaller.image_size == 64 and smaller.preprocess(Image.new('RGB', (80, 90))).shape == (3, 64, 64)
-    assert smaller.fingerprint() == clip.fingerprint() != FrozenClip({'model': str(clips['vit'])}).fingerprint()
-
-
-def test_encoder_stays_out_of_checkpoints_and_graphs(clips):
-    class Method(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.clip = FrozenClip({'model': str(clips['vit'])})
-
-    method = Method()
-    assert not method.state_dict() and not list(method.parameters())
-    pixels = torch.randn(1, 3, 32, 32, requires_grad=True)
-    assert not any(t.requires_grad for t in (*method.clip.forward(pixels), method.clip.tokens(pixels)))
-
-
-@pytest.mark.parametrize('spec, words', [
-    ({'model': 'ViT-B-23', 'pretrained': 'openai'}, "clip.model: 'ViT-B-23' .* did you mean 'ViT-B-"),
-    ({'model': 'ViT-H-14', 'pretrained': 'laion2b_s32b_b79'}, "did you mean 'laion2b_s32b_b79k'"),
-    ({'model': 'ViT-H-14'}, 'clip.pretrained: ViT-H-14 needs a hub tag'),
-    ({'model': 'no/such/folder'}, "'no/such/folder' is no folder"),
-    ({'model': 'empty'}, 'open_clip_model.safetensors: no such file'),
-    ({'model': 'damaged'}, 'cannot be loaded: SafetensorError')])
-def test_encoder_errors_are_one_line(spec, words, clips, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ('empty', 'damaged'):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / 'open_clip_config.json').write_text((clips['vit'] / 'open_clip_config.json').read_text())
-    (tmp_path / 'damaged/open_clip_model.safetensors').write_bytes(b'no weights')
-    with pytest.raises(Fail, match=words) as error:
-        FrozenClip(spec)
-    assert '\n' not in str(error.value)
-
-
-def test_unreachable_hub_is_one_line(monkeypatch):
-    def create_model(*args, **kwargs):
-        raise RuntimeError('Failed to download weights:\n (MaxRetryError: Failed to resolve huggingface.co)')
-    monkeypatch.setattr(open_clip, 'create_model', create_model)
-    with pytest.raises(Fail, match='ViT-H-14 / laion2b_s32b_b79k: the hub cannot be reached') as error:
-        FrozenClip({'model': 'ViT-H-14', 'pretrained': 'laion2b_s32b_b79k'})
-    assert '\n' not in str(error.value)
 
 
 # ---------------------------------------------------------------------------------------------------

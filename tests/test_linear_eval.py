@@ -1,4 +1,4 @@
-"""linear_eval.py: kNN against numpy, the probe, resuming, two processes."""
+"""linear_eval.py: the probe, resuming, two processes."""
 import json
 import os
 import signal
@@ -10,16 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import linear_eval  # noqa: E402
+from checkpoints import load_backbone  # noqa: E402
 from common import Fail, Processes, StopSignal, load_config  # noqa: E402
-from data import PairLoader, write_beton  # noqa: E402
-from models import Encoder, all_features, build_backbone, load_backbone  # noqa: E402
+from conftest import coloured_samples  # noqa: E402
+from data import write_beton  # noqa: E402
+from models import build_backbone  # noqa: E402
 
 ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1'}
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
@@ -30,12 +30,7 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 def workplace(tmp_path_factory):
     """A random backbone and betons of 67 and 31 images whose 3 classes differ in colour: separable in any network."""
     folder = tmp_path_factory.mktemp('linear_eval')
-    random = np.random.default_rng(0)
-
-    def samples(i):
-        image = random.integers(0, 60, (16, 16, 3), np.uint8)
-        image[..., i % 3] += 150
-        return image, None, i % 3, i, -1
+    samples = coloured_samples()
     write_beton(folder / 'train.beton', samples, 67, {}, num_workers=1)
     write_beton(folder / 'test.beton', samples, 31, {}, num_workers=1)
     write_beton(folder / 'unlabelled.beton', lambda i: (*samples(i)[:2], -1, i, -1), 31, {}, num_workers=1)
@@ -84,24 +79,6 @@ def test_own_backbone(workplace):
 # ---------------------------------------------------------------------------------------------------
 # kNN and probe
 
-def test_knn_against_numpy():
-    random = np.random.default_rng(0)
-    train, test = random.normal(size=(90, 12)).astype(np.float32), random.normal(size=(41, 12)).astype(np.float32)
-    train_labels, test_labels = random.integers(0, 8, 90), random.integers(0, 8, 41)
-    first = five = 0
-    for query, label in zip(test, test_labels):
-        cosine = train @ query / np.linalg.norm(train, axis=1) / np.linalg.norm(query)
-        nearest = np.argsort(-cosine)[:20]
-        votes = np.zeros(8)
-        for i in nearest:
-            votes[train_labels[i]] += np.exp(cosine[i] / 0.07)
-        ranking = np.argsort(-votes)
-        first, five = first + (ranking[0] == label), five + (label in ranking[:5])
-    found = linear_eval.knn_accuracy(torch.tensor(train), torch.tensor(train_labels), torch.tensor(test),
-                                     torch.tensor(test_labels), 8, 20, 0.07, 16, Processes('cpu'))
-    assert found == [pytest.approx(100 * first / 41, abs=1e-3), pytest.approx(100 * five / 41, abs=1e-3)]
-
-
 def test_mean_per_class_is_the_mean_over_the_classes_that_occur():
     labels = torch.tensor([0] * 8 + [2] * 2)
     scores = torch.nn.functional.one_hot(torch.tensor([0] * 6 + [1, 2] + [2, 0]), 4).float()
@@ -145,8 +122,6 @@ def test_more_processes_than_images():
     processes, features = Processes('cpu'), torch.eye(2)
     processes.rank, processes.world = 3, 4
     assert linear_eval.accuracies(torch.nn.Identity(), features, torch.tensor([0, 1]), 2, 3, processes)['top1'] == 0
-    assert linear_eval.knn_accuracy(features, torch.tensor([0, 1]), features, torch.tensor([0, 1]), 2, 1, 0.1, 3,
-                                    processes) == [0, 0]
 
 
 def test_several_learning_rates_in_one_pass_are_each_as_if_alone(workplace, tmp_path, capsys):
@@ -175,7 +150,7 @@ def test_the_metric_is_that_of_the_set(workplace, tmp_path):
 def test_features_are_kept_for_the_next_question_and_a_stop_is_seen_while_they_are_computed(
         workplace, tmp_path, monkeypatch, capsys):
     class Stop:
-        name, exit_code, questions = 'SIGTERM', StopSignal.exit_code, 0
+        name, exit_code, questions, leave = 'SIGTERM', StopSignal.exit_code, 0, StopSignal.leave
 
         def __bool__(self):
             Stop.questions += 1
@@ -197,27 +172,6 @@ def test_features_are_kept_for_the_next_question_and_a_stop_is_seen_while_they_a
         assert results(tmp_path / 'out')['linear']['lr'] == 0.3
         with pytest.raises(TypeError):  # other pixels are another question
             linear_eval.main(config_of(workplace, f'output={tmp_path}/out', 'resize=20', 'keep_features=true'))
-
-
-def _stop_on_one_process(rank, folder):
-    dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
-    os.environ.update(RANK=str(rank), WORLD_SIZE='2')
-    processes = Processes('cpu', group=False)
-    encoder = Encoder(build_backbone('resnet18', 'cifar', 8), MEAN, STD, processes.device, torch.float32)
-
-    def images(positions):
-        return PairLoader(f'{folder}/train.beton', [{'size': 16}], alpha=0, swap='first', batch_size=33, seed=0,
-                          num_workers=1, drop_last=False, shuffle=False, indices=positions, verify=False)
-    found = all_features(images, 67, encoder, processes, 'all')  # 34 and 33 images: two batches and one
-    assert found[1].tolist() == [i % 3 for i in range(67)]
-    assert all_features(images, 67, encoder, processes, 'all', stop=rank == 1) is None
-    Path(folder, f'stopped.{rank}').touch()
-    dist.destroy_process_group()
-
-
-def test_a_stop_on_one_process_ends_all_of_them(workplace):
-    mp.spawn(_stop_on_one_process, (str(workplace),), nprocs=2)
-    assert {path.name for path in workplace.glob('stopped.*')} == {'stopped.0', 'stopped.1'}
 
 
 def test_probe_learns_and_leaves_the_backbone_alone(workplace, tmp_path, capsys):
@@ -291,13 +245,14 @@ def test_killed_probe_resumes_bit_exactly(workplace, tmp_path):
     ('linear.more_lrs=[0.1, a]', 'linear.more_lrs: a'), ('linear.milestones=[0]', 'linear.milestones: 0'),
     ('linear.optimizer=lar', 'linear.optimizer: .lar. is none of sgd, lars'), ('metric=top2', 'metric: .top2'),
     ('linear.crop_scale=[0.5, 2]', 'crop_scale is .0.5, 2.'), ('linear.flip=2', 'flip is 2'),
-    ('resize=8', 'resize is 8'), ('linear.momentum=-1', 'linear.momentum: -1'), ('linear.weight_decay=-1', 'linear.weight_decay: -1'),
+    ('resize=8', 'resize is 8'), ('linear.momentum=-1', 'linear.momentum: -1'),
+    ('linear.weight_decay=-1', 'linear.weight_decay: -1'),
     ('num_workers=0', 'num_workers: 0'), ('test_beton=FOLDER/unlabelled.beton', 'images without label'),
     ('precision=fp8', 'precision')])
 def test_impossible_settings_leave_nothing_behind(workplace, tmp_path, change, message):
-    with pytest.raises((Fail, ValueError), match=message) as error:
+    with pytest.raises(Fail, match=message) as error:
         linear_eval.main(config_of(workplace, f'output={tmp_path}/out', change.replace('FOLDER', str(workplace))))
-    assert type(error.value).__name__ in ('Fail', 'DataError') and '\n' not in str(error.value)
+    assert '\n' not in str(error.value)
     assert not (tmp_path / 'out').exists()
 
 

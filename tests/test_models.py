@@ -16,10 +16,11 @@ sys.path.insert(0, str(ROOT))
 
 import models  # noqa: E402
 import pretrain  # noqa: E402
+from checkpoints import load_backbone, save_backbone  # noqa: E402
 from common import Fail, load_config  # noqa: E402
 from loss import info_nce_batch, quality_weights, sinkhorn, swapped_prediction  # noqa: E402
 from models import (BYOL, METHODS, VITS, MoCoV2, MoCoV3, SimCLR, SimSiam, SplitBatchNorm2d, ViT,  # noqa: E402
-                    build_backbone, cosine, load_backbone, synchronize_batch_norm)
+                    build_backbone, cosine, synchronize_batch_norm)
 
 SMALL = ('backbone.arch=resnet18', 'backbone.stem=cifar', 'backbone.width=8', 'image_size=16', 'batch_size=8',
          'normalization=imagenet', 'epochs=4', 'optimizer.lr=0.05', 'output=out', 'data.beton=none')
@@ -217,7 +218,7 @@ def test_zero_residuals_follow_the_method_unless_said(arch, last):
               for name, small in (('mocov2', {'queue': 4}), ('mocov3', {'hidden': 8}), ('byol', {'hidden': 8}),
                                   ('simsiam', {'dim': 8}), ('swav', {}), ('simclr', {}),
                                   ('vicreg', {'hidden': 8, 'dim': 8}))}
-    zero = {'mocov3', 'simsiam', 'simclr', 'vicreg'} | ({'byol'} if last == 'bn3' else set())  # haiku: bottlenecks alone
+    zero = {'mocov3', 'simsiam', 'simclr', 'vicreg'} | ({'byol'} if last == 'bn3' else set())  # haiku: bottlenecks only
     assert {name for name, total in starts.items() if total == 0} == zero
     for said in (True, False):
         model = SimSiam({**backbone, 'zero_init_residual': said}, dim=8)
@@ -488,7 +489,7 @@ def test_exported_vit_comes_back_and_takes_other_sizes(empty, tmp_path, monkeypa
     config = config_of(empty, 'mocov3', 'backbone.arch=vit_small', 'backbone.patch_size=8')
     torch.manual_seed(0)
     model = pretrain.build_model(config, 2).eval()
-    pretrain.export(tmp_path / 'backbone.pt', model, config, (0.5,) * 3, (0.25,) * 3)
+    save_backbone(tmp_path / 'backbone.pt', model.backbone, config, (0.5,) * 3, (0.25,) * 3)
     module, info = load_backbone(tmp_path / 'backbone.pt')
     assert (info['arch'], info['patch_size'], info['image_size'], info['feature_dim']) == ('vit_small', 8, 16, 48)
     images = torch.randn(2, 3, 16, 16)

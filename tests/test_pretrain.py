@@ -16,9 +16,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import pretrain  # noqa: E402
+from checkpoints import load_backbone  # noqa: E402
 from common import Fail, StopSignal, load_checkpoint, load_config  # noqa: E402
 from data import write_beton  # noqa: E402
-from models import METHODS, VITS, load_backbone  # noqa: E402
+from models import METHODS, VITS  # noqa: E402
 
 ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1'}
 # Small settings of every method, with as many of the options on as can be. Batch 16 of 64 images.
@@ -361,22 +362,6 @@ def test_quality_weights_reach_the_loss(workplace, tmp_path):
         start['state_dict']['conv1.weight'], backbone['state_dict']['conv1.weight'])
 
 
-def test_views_are_interpolated_to_the_encoder_and_component_must_fit(workplace, tmp_path):
-    settings = {'clip': {'model': str(workplace / 'clip'), 'pretrained': None, 'image_size': None}, 'temperature': 1.0}
-    quality = pretrain.Quality({**settings, 'pc': str(workplace / 'fg.npz')}, torch.device('cpu'))
-    weights, values = quality(*(torch.randint(0, 256, (4, 3, 24, 24), dtype=torch.uint8) for _ in range(2)))
-    assert weights.shape == values.shape == (4,) and weights.mean().item() == pytest.approx(1, abs=1e-5)
-    np.save(tmp_path / 'published.npy', np.ones((32, 1)))
-    pretrain.Quality({**settings, 'pc': str(tmp_path / 'published.npy')}, torch.device('cpu'))
-    np.savez(tmp_path / 'narrow.npz', pc=np.ones(7))
-    np.savez(tmp_path / 'other.npz', pc=np.ones(32), encoder='0123456789ab')
-    np.savez(tmp_path / 'empty.npz', mean=np.ones(7))
-    for name, message in (('narrow.npz', 'width 7, tokens of .* have 32'), ('other.npz', 'other weights'),
-                          ('empty.npz', 'no principal component'), ('missing.npz', 'no such file')):
-        with pytest.raises(Fail, match=message):
-            pretrain.Quality({**settings, 'pc': str(tmp_path / name)}, torch.device('cpu'))
-
-
 def test_bfloat16_trains(workplace, tmp_path):
     pretrain.main(config_of(workplace, f'output={tmp_path}', 'precision=bf16', 'backbone.arch=resnet50'))
     assert all(np.isfinite(line['loss']) for line in lines(tmp_path))
@@ -419,7 +404,7 @@ def test_betons_with_other_fields_are_refused(workplace, tmp_path):
     path = tmp_path / 'other.beton'
     path.with_name('other.beton.json').write_text(json.dumps(
         {**sidecar, 'fields': ['label'], 'bytes': path.stat().st_size, 'crc32': [0]}))
-    with pytest.raises(ValueError, match='its fields are label, not image, view, label') as error:
+    with pytest.raises(Fail, match='its fields are label, not image, view, label') as error:
         pretrain.main(config_of(workplace, f'data.beton={path}', f'output={tmp_path}/out'))
     assert '\n' not in str(error.value) and not (tmp_path / 'out').exists()
 
@@ -451,9 +436,9 @@ def test_betons_with_other_fields_are_refused(workplace, tmp_path):
 def test_impossible_settings_leave_nothing_behind(workplace, tmp_path, change, message):
     change = change.replace('HERE', f'{workplace}/pairs.beton')
     changes = [f'output={tmp_path}/out', 'moco.queue=128', *change.split(' ')]
-    with pytest.raises((Fail, ValueError), match=message) as error:
+    with pytest.raises(Fail, match=message) as error:
         pretrain.main(config_of(workplace, *changes))
-    assert type(error.value).__name__ in ('Fail', 'DataError') and '\n' not in str(error.value)
+    assert '\n' not in str(error.value)
     assert not (tmp_path / 'out').exists()
 
 

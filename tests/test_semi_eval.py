@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT))
 
 import semi_eval  # noqa: E402
 from common import Fail, StopSignal, load_checkpoint, load_config  # noqa: E402
+from conftest import coloured_samples  # noqa: E402
 from data import write_beton  # noqa: E402
 from models import build_backbone  # noqa: E402
 
@@ -25,12 +26,7 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 def workplace(tmp_path_factory):
     """A random backbone, betons of 96 and 31 images whose 3 classes differ in colour, and the 96 as files."""
     folder = tmp_path_factory.mktemp('semi_eval')
-    random = np.random.default_rng(0)
-
-    def samples(i):
-        image = random.integers(0, 60, (16, 16, 3), np.uint8)
-        image[..., i % 3] += 150
-        return image, None, i % 3, i, -1
+    samples = coloured_samples()
     for name, shift in (('unlabelled', -2), ('foreign', 1)):
         write_beton(folder / f'{name}.beton', lambda i: (*samples(i)[:2], max(i % 3 + shift, -1), i, -1), 31, {},
                     num_workers=1)
@@ -118,7 +114,7 @@ def test_schedules_of_the_papers():
 
 class StopAfter:
     """In the place of StopSignal: true from the n-th question on."""
-    name, exit_code, questions = 'SIGTERM', StopSignal.exit_code, 0
+    name, exit_code, questions, leave = 'SIGTERM', StopSignal.exit_code, 0, StopSignal.leave
 
     def __bool__(self):
         StopAfter.questions += 1
@@ -139,7 +135,7 @@ def test_learns_resumes_exactly_and_shows_what_is_finished(workplace, tmp_path, 
         patch.setattr(semi_eval, 'StopSignal', StopAfter)
         main(workplace, f'output={tmp_path}/twice')
     assert error.value.code == StopSignal.exit_code and load_checkpoint(tmp_path / 'twice/checkpoint.pt')['step'] == 6
-    with pytest.raises(Fail, match=r'made with other settings: lr_head \(was 0.2, now 0.3\)'):
+    with pytest.raises(Fail, match=r'made with another config: lr_head \(was 0.2, now 0.3\)'):
         main(workplace, f'output={tmp_path}/twice', 'lr_head=0.3')
     main(workplace, f'output={tmp_path}/twice', f'subset.root={workplace}/images')
     assert {s: v['loss'] for s, v in lines(tmp_path / 'twice').items()} == {s: v['loss'] for s, v in log.items()}
@@ -192,9 +188,9 @@ def test_two_processes_do_the_same(workplace, tmp_path):
     ('test_beton=FOLDER/foreign.beton', 'has a label 3; those of the training images end at 2'),
     ('nesterov=true momentum=0', 'nesterov: needs a momentum'), ('weight_decay=-1', 'weight_decay: -1')])
 def test_impossible_settings_leave_nothing_behind(workplace, tmp_path, change, message):
-    with pytest.raises((Fail, ValueError), match=message) as error:
+    with pytest.raises(Fail, match=message) as error:
         main(workplace, f'output={tmp_path}/out', *change.replace('FOLDER', str(workplace)).split(' '))
-    assert type(error.value).__name__ in ('Fail', 'DataError') and '\n' not in str(error.value)
+    assert '\n' not in str(error.value)
     assert not (tmp_path / 'out').exists()
 
 

@@ -13,9 +13,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'tiny')]
 import train  # noqa: E402
 from fg_proportion import first_component  # noqa: E402
+from frozen_clip import FrozenClip  # noqa: E402
 from generators import UnCLIP  # noqa: E402
 from loss import pair_quality  # noqa: E402
-from models import FrozenClip  # noqa: E402
 
 SPEC = {'model': str(ROOT / 'tiny/unclip'), 'fallbacks': [], 'steps': 20, 'guidance_scale': 3.0, 'precision': 'fp32'}
 
@@ -31,11 +31,11 @@ def test_size_and_formats():
 
 
 def test_quality_encoder_prefers_a_view_of_the_same_image():
-    """The pair quality (eq. 12) of the images of tiny/views.png with their own views and with those of another image."""
+    """The pair quality (eq. 12) of the images of tiny/views.png with their own views and with those of another one."""
     clip = FrozenClip({'model': str(ROOT / 'tiny/quality')})
     assert (clip.image_size, clip.token_dim) == (32, 64)
     pixels = torch.from_numpy(np.asarray(Image.open(ROOT / 'tiny/views.png').convert('RGB'))[::2, ::2].copy())
-    rows = pixels.permute(2, 0, 1).unfold(1, 32, 32).unfold(2, 32, 32).permute(1, 2, 0, 3, 4) / 255  # (7, 20, 3, 32, 32)
+    rows = pixels.permute(2, 0, 1).unfold(1, 32, 32).unfold(2, 32, 32).permute(1, 2, 0, 3, 4) / 255  # 7 x 20 images
     tokens = clip.tokens((rows.flatten(0, 1) - train.MEAN) / train.STD).unflatten(0, (7, 20))
     flat = tokens[0].permute(0, 2, 3, 1).flatten(0, 2).double()
     pc, mean, covariance = first_component(len(flat), flat.sum(0).numpy(), (flat.T @ flat).numpy())
@@ -87,7 +87,8 @@ def test_views_follow_their_condition_and_wander_with_the_noise_level():
         assert views.shape == (24, 32, 32, 3) and views.std((1, 2, 3)).min() > 5
         pixels = torch.from_numpy(views).permute(0, 3, 1, 2) / 255
         found = normalizer.scale(clip.forward((pixels - mean) / std)[1]).detach()
-        cosine = torch.nn.functional.cosine_similarity(found[:, None], normalizer.scale(conditions).detach()[None], dim=2)
+        cosine = torch.nn.functional.cosine_similarity(
+            found[:, None], normalizer.scale(conditions).detach()[None], dim=2)
         own, others = cosine.diagonal().mean().item(), (cosine.sum() - cosine.trace()).item() / (24 * 23)
         similarity.append(own - others)
         if level == 0:
@@ -132,7 +133,8 @@ def test_refine_goes_on_from_the_exported_models(tmp_path, monkeypatch):
     monkeypatch.setattr(train, 'HERE', tmp_path / 'tiny')
     monkeypatch.setattr(train, 'teacher_model', lambda *_: timm.create_model('efficientnet_lite0').eval())
     learns = []
-    monkeypatch.setattr(train, 'perceptual_loss', lambda drawn, meant, *scale, loss=train.perceptual_loss: learns.append(
+    loss = train.perceptual_loss
+    monkeypatch.setattr(train, 'perceptual_loss', lambda drawn, meant, *scale: learns.append(
         (drawn[1].requires_grad, meant[1].requires_grad)) or loss(drawn, meant, *scale))
     args = Namespace(data=tmp_path / 'data', work=tmp_path, seed=0, steps=2, batch_size=4)
     train.refine(args, torch.device('cpu'))
@@ -156,8 +158,9 @@ def test_quality_trains_and_writes_its_encoder(tmp_path, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (6, 3, 32, 32), generator=generator, dtype=torch.uint8)
     train.save(tmp_path / 'data.pt', dict(
-        images=images, labels=torch.arange(6) % 2, wnids=['a', 'b'], some=torch.tensor([1, 3, 4]), weight=torch.ones(112),
-        semantic=torch.randn(6, 112, generator=generator), subjects=torch.randn(3, 64, generator=generator)))
+        images=images, labels=torch.arange(6) % 2, wnids=['a', 'b'], some=torch.tensor([1, 3, 4]),
+        weight=torch.ones(112), semantic=torch.randn(6, 112, generator=generator),
+        subjects=torch.randn(3, 64, generator=generator)))
     learned = []
     monkeypatch.setattr(train, 'learn', lambda *args, learn=train.learn: learned.append(args) or learn(*args))
     args = Namespace(work=tmp_path, seed=0, steps=2, batch_size=4)
@@ -173,7 +176,8 @@ def test_quality_trains_and_writes_its_encoder(tmp_path, monkeypatch):
     with torch.no_grad():
         out = train.tokens_of(visual, (images.float() / 255 - train.MEAN) / train.STD)
     torch.testing.assert_close(embedding, out[:, 0] @ visual.proj, rtol=1e-2, atol=1e-2)
-    torch.testing.assert_close(features[:, :2].flatten(2).mT, out[:, 1:, :2] * torch.tensor([1.5, 1]), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(features[:, :2].flatten(2).mT, out[:, 1:, :2] * torch.tensor([1.5, 1]), rtol=1e-2,
+                               atol=1e-2)
     train.quality(args, torch.device('cpu'))
     assert FrozenClip({'model': str(tmp_path / 'tiny/quality')}).fingerprint() == written
 

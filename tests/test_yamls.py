@@ -19,13 +19,14 @@ import linear_eval  # noqa: E402
 import pretrain  # noqa: E402
 import semi_eval  # noqa: E402
 import view_eval  # noqa: E402
+from checkpoints import NORMALIZATIONS, normalization  # noqa: E402
 from common import load_config  # noqa: E402
 
-STAGES = {module.__name__: module for module in (fg_proportion, gen_views, pretrain, linear_eval, semi_eval, detect_eval,
-                                                 view_eval)}
+STAGES = {module.__name__: module for module in (fg_proportion, gen_views, pretrain, linear_eval, semi_eval,
+                                                 detect_eval, view_eval)}
 FILES = sorted((path.parent.name, path.stem) for path in (ROOT / 'yamls').glob('*/*.yaml'))
-NO_ROW = {'demo', 'demo_quality', 'demo_test', 'effect', 'effect_quality', 'folder', 'folder_test',
-          'sanity'}  # not of a paper
+NO_ROW = {'demo', 'demo_quality', 'demo_test', 'effect', 'effect_quality', 'folder', 'folder_quality', 'folder_small',
+          'folder_small_quality', 'folder_small_test', 'folder_test', 'sanity'}  # not of a paper
 PRETRAIN = [name for stage, name in FILES if stage == 'pretrain']
 
 
@@ -302,8 +303,8 @@ def test_views_are_made_as_appendix_a_says(stage, name):
 
 @pytest.mark.parametrize('name', [name for name in PRETRAIN if name.startswith(('in1k', 'in100', 'lsuncars'))])
 def test_normalization_is_clips_with_the_quality_encoder_and_imagenets_without(name):
-    mean, _ = pretrain.normalization(config('pretrain', name)['normalization'])
-    assert mean == (pretrain.CLIP_MEAN if flat(name)['quality.enabled'] else pretrain.IMAGENET_MEAN)
+    mean, _ = normalization(config('pretrain', name)['normalization'], NORMALIZATIONS['clip'])
+    assert mean == NORMALIZATIONS['clip' if flat(name)['quality.enabled'] else 'imagenet'][0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -313,9 +314,10 @@ def test_normalization_is_clips_with_the_quality_encoder_and_imagenets_without(n
 def test_passes_the_checks_of_its_stage(stage, name):
     small = (stage, name) in (('pretrain', 'demo'), ('pretrain', 'effect'))  # two batch norm groups
     for world in (1, 2) if small else (1, 2, 4, 8):
-        STAGES[stage].check(config(stage, name), *([] if stage in ('fg_proportion', 'gen_views', 'view_eval') else [world]))
+        alone = stage in ('fg_proportion', 'gen_views', 'view_eval')
+        STAGES[stage].check(config(stage, name), *([] if alone else [world]))
     if stage == 'pretrain':
-        pretrain.normalization(config(stage, name)['normalization'])
+        normalization(config(stage, name)['normalization'], NORMALIZATIONS['clip'])
 
 
 @pytest.mark.parametrize('name', PRETRAIN)
@@ -382,7 +384,7 @@ def test_inputs_are_outputs_of_other_experiments():
             for beton in betons:
                 for stored in (beton['image_size'], beton['view_size'] if beton['strategy'] != 'none' else None):
                     assert stored is None or stored >= settings['image_size'], name
-        if stage == 'pretrain' and settings['quality']['enabled'] and name != 'folder':  # its component: see the README
+        if stage == 'pretrain' and settings['quality']['enabled']:
             source = made['fg_proportion'][settings['quality']['pc'].removesuffix('/fg_proportion.npz')]
             assert source['clip'] == settings['quality']['clip'], name
         if stage == 'view_eval':

@@ -1,0 +1,95 @@
+"""features.py: kNN against numpy, and features that several processes compute together."""
+import os
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from common import Fail, Processes  # noqa: E402
+from conftest import coloured_samples  # noqa: E402
+from data import write_beton  # noqa: E402
+from features import Encoder, all_features, hits, knn_accuracy, labelled, percent, plain_images  # noqa: E402
+from models import build_backbone  # noqa: E402
+
+MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+
+def test_knn_against_numpy():
+    random = np.random.default_rng(0)
+    train, test = random.normal(size=(90, 12)).astype(np.float32), random.normal(size=(41, 12)).astype(np.float32)
+    train_labels, test_labels = random.integers(0, 8, 90), random.integers(0, 8, 41)
+    first = five = 0
+    for query, label in zip(test, test_labels):
+        cosine = train @ query / np.linalg.norm(train, axis=1) / np.linalg.norm(query)
+        nearest = np.argsort(-cosine)[:20]
+        votes = np.zeros(8)
+        for i in nearest:
+            votes[train_labels[i]] += np.exp(cosine[i] / 0.07)
+        ranking = np.argsort(-votes)
+        first, five = first + (ranking[0] == label), five + (label in ranking[:5])
+    found = knn_accuracy(torch.tensor(train), torch.tensor(train_labels), torch.tensor(test),
+                         torch.tensor(test_labels), 8, 20, 0.07, 16, Processes('cpu'))
+    assert found == [pytest.approx(100 * first / 41, abs=1e-3), pytest.approx(100 * five / 41, abs=1e-3)]
+
+
+def test_more_processes_than_images():
+    processes, features = Processes('cpu'), torch.eye(2)
+    processes.rank, processes.world = 3, 4
+    assert knn_accuracy(features, torch.tensor([0, 1]), features, torch.tensor([0, 1]), 2, 1, 0.1, 3,
+                        processes) == [0, 0]
+
+
+def test_hits_and_percent():
+    scores = torch.tensor([[9., 8, 7, 6, 5, 4], [4, 5, 6, 7, 8, 9], [4, 5, 6, 7, 8, 9]])
+    counts = hits(scores, torch.tensor([0, 1, 0]))
+    assert counts.tolist() == [1, 2] and percent(counts, 3, Processes('cpu')) == [33.333, 66.667]
+    assert percent(torch.tensor([1., 3.]), torch.tensor([2, 4]), Processes('cpu')) == [50, 75]
+    assert hits(scores[:, :2], torch.tensor([0, 1, 0])).tolist() == [2, 3]  # of two classes
+
+
+def test_features_are_those_of_each_image_in_order(tmp_path):
+    samples = coloured_samples()
+    images = [samples(i) for i in range(11)]
+    write_beton(tmp_path / 'b', images.__getitem__, 11, {}, num_workers=1)
+    torch.manual_seed(0)
+    encoder = Encoder(build_backbone('resnet18', 'cifar', 8), MEAN, STD, torch.device('cpu'), torch.float32)
+    found, labels = all_features(partial(plain_images, tmp_path / 'b', {'size': 16}, 4, 1), 11, encoder,
+                                 Processes('cpu'), 'all')
+    pixels = torch.from_numpy(np.stack([image for image, *_ in images])).permute(0, 3, 1, 2) / 255
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
+    with torch.no_grad():
+        expected = encoder.backbone((pixels - mean) / std)
+    assert labels.tolist() == [i % 3 for i in range(11)] and torch.allclose(found, expected, atol=1e-5)
+    assert labelled(tmp_path / 'b', {'size': 16}, Processes('cpu')).sidecar['samples'] == 11
+    write_beton(tmp_path / 'b', lambda i: (*images[i][:2], i - 1, i, -1), 11, {}, num_workers=1)
+    with pytest.raises(Fail, match='there are images without label'):
+        labelled(tmp_path / 'b', {'size': 16}, Processes('cpu'))
+
+
+def _stop_on_one_process(rank, folder):
+    dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
+    os.environ.update(RANK=str(rank), WORLD_SIZE='2')
+    processes = Processes('cpu', group=False)
+    encoder = Encoder(build_backbone('resnet18', 'cifar', 8), MEAN, STD, processes.device, torch.float32)
+
+    images = partial(plain_images, f'{folder}/train.beton', {'size': 16}, 33, 1)
+    found = all_features(images, 67, encoder, processes, 'all')  # 34 and 33 images: two batches and one
+    assert found[1].tolist() == [i % 3 for i in range(67)]
+    assert all_features(images, 67, encoder, processes, 'all', stop=rank == 1) is None
+    Path(folder, f'stopped.{rank}').touch()
+    dist.destroy_process_group()
+
+
+def test_a_stop_on_one_process_ends_all_of_them(tmp_path):
+    write_beton(tmp_path / 'train.beton', coloured_samples(), 67, {}, num_workers=1)
+    mp.spawn(_stop_on_one_process, (str(tmp_path),), nprocs=2)
+    assert {path.name for path in tmp_path.glob('stopped.*')} == {'stopped.0', 'stopped.1'}
