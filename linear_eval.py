@@ -96,7 +96,8 @@ def check(config, world):
         if value not in known:
             raise Fail(f"{key}: {value!r} is none of {', '.join(filter(None, known))}")
     for key, value in (('batch', config['batch']), ('num_workers', config['num_workers']),
-                       ('knn.k', knn['k']), ('knn.batch', knn['batch']), ('linear.epochs', linear['epochs']), ('linear.batch_size', linear['batch_size']),
+                       ('knn.k', knn['k']), ('knn.batch', knn['batch']),
+                       ('linear.epochs', linear['epochs']), ('linear.batch_size', linear['batch_size']),
                        ('image_size', config['image_size'] or 1), ('resize', config['resize'] or 1),
                        *(('linear.milestones', epoch) for epoch in linear['milestones'])):
         if type(value) is not int or value < 1:
