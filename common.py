@@ -370,9 +370,11 @@ def seed_everything(seed):
 def versions():
     names = 'torch torchvision ffcv diffusers open_clip_torch timm numpy numba'.split()
     found = {n: metadata.version(n) for n in names if _installed(n)}
-    git = subprocess.run(['git', '-C', str(Path(__file__).parent), 'rev-parse', '--short', 'HEAD'],
-                         capture_output=True, text=True)
-    return {'python': sys.version.split()[0], **found, 'git': git.stdout.strip() or None}
+    git = None
+    with suppress(OSError):  # a machine without git
+        git = subprocess.run(['git', '-C', str(Path(__file__).parent), 'rev-parse', '--short', 'HEAD'],
+                             capture_output=True, text=True).stdout.strip() or None
+    return {'python': sys.version.split()[0], **found, 'git': git}
 
 
 def _installed(name):
