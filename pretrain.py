@@ -453,10 +453,10 @@ def main(config):
         save_backbone(folder / 'backbone_init.pt', model.backbone, config, mean, std)
     log.write(enlarged)
     introduce(log, model, loader, config, processes, dtype, steps_per_epoch, step)
-    losses, waited, since, last_saved, leave = [], 0.0, time.perf_counter(), step if saved else None, False
-
     if monitor and saved and f'"step": {step}, "knn_accuracy"' not in (folder / 'log.jsonl').read_text():
         look_at_neighbours(monitor, model, step, steps_per_epoch, config, log)  # it ended between saving and this
+    losses, waited, since, last_saved, leave = [], 0.0, time.perf_counter(), step if saved else None, False
+
     bar = tqdm(total=last_step, initial=step, unit='step', dynamic_ncols=True, disable=None if processes.main else True)
     with closing(micro_batches(loader, step, steps_per_epoch, accumulate)) as batches:
         while step < last_step and not leave:
