@@ -273,21 +273,31 @@ def test_an_unwritable_folder(tmp_path):
 
 
 def test_stock_ffcv_reads_it(tmp_path):
-    from ffcv.fields.basics import IntDecoder
-    from ffcv.fields.rgb_image import SimpleRGBImageDecoder
-    from ffcv.loader import Loader, OrderOption
-    from ffcv.transforms import ToTensor
+    """In a process of its own: FFCV's loader makes numba's type of uint8 arrays read-only for the whole process, and
+    kernels compiled before are not found again."""
     write_beton(tmp_path / 'b', lambda i: (picture(i), picture(i + 50), i % 3, 7 * i, 100), 10, {}, mode='raw')
-    pixels, number = (lambda: [SimpleRGBImageDecoder(), ToTensor()]), (lambda: [IntDecoder(), ToTensor()])
-    loader = Loader(str(tmp_path / 'b'), batch_size=5, num_workers=1, order=OrderOption.SEQUENTIAL, pipelines={
-        'image': pixels(), 'view': pixels(), 'label': number(), 'index': number(), 'noise_level': number()})
-    seen = 0
-    for images, views, label, index, noise_level in loader:
-        for k in range(5):
-            assert (images[k].numpy() == picture(seen)).all() and (views[k].numpy() == picture(seen + 50)).all()
-            assert (int(label[k]), int(index[k]), int(noise_level[k])) == (seen % 3, 7 * seen, 100)
-            seen += 1
-    assert seen == 10
+    subprocess.run([sys.executable, '-c', STOCK_FFCV, tmp_path / 'b', Path(__file__).parent], check=True, timeout=600)
+
+
+STOCK_FFCV = """
+import sys
+from ffcv.fields.basics import IntDecoder
+from ffcv.fields.rgb_image import SimpleRGBImageDecoder
+from ffcv.loader import Loader, OrderOption
+from ffcv.transforms import ToTensor
+sys.path.insert(0, sys.argv[2])
+from conftest import picture
+pixels, number = (lambda: [SimpleRGBImageDecoder(), ToTensor()]), (lambda: [IntDecoder(), ToTensor()])
+loader = Loader(sys.argv[1], batch_size=5, num_workers=1, order=OrderOption.SEQUENTIAL, pipelines={
+    'image': pixels(), 'view': pixels(), 'label': number(), 'index': number(), 'noise_level': number()})
+seen = 0
+for images, views, label, index, noise_level in loader:
+    for k in range(5):
+        assert (images[k].numpy() == picture(seen)).all() and (views[k].numpy() == picture(seen + 50)).all()
+        assert (int(label[k]), int(index[k]), int(noise_level[k])) == (seen % 3, 7 * seen, 100)
+        seen += 1
+assert seen == 10
+"""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
