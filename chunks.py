@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from common import Fail
-from sources import EXTENSIONS, rgb, shrink
+from sources import is_image, rgb, shrink, walk
 
 
 def view_names(views, kind):
@@ -131,7 +131,7 @@ class ForeignViews:
         if not root.is_dir():
             raise Fail(f'views_root: {root} is not a folder')
         stem = lambda path: os.path.splitext(path)[0]
-        files = sorted(str(p.relative_to(root)) for p in root.rglob('*') if p.suffix.lower() in EXTENSIONS)
+        files = sorted(filter(is_image, walk(root)))
         exact, stems, same = set(files), {stem(f): f for f in files}, Counter(map(stem, paths))
         found = [p if p in exact else stems.get(stem(p)) if same[stem(p)] == 1 else None for p in paths]
         if not any(found):

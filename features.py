@@ -38,6 +38,33 @@ def labelled(path, recipe, processes):
     return loader
 
 
+def class_map(train, test):
+    """The training label of each label of the test images, int64 (number of them,): both know their classes by name.
+
+    train, test: loaders of `labelled`. Where a beton names no classes the numbers count. Raises Fail where the test
+    images have other classes, or are the training images."""
+    pair = f'{test.paths[0]} (test) and {train.paths[0]} (train)'
+    described = [loader.sidecar['settings'] if isinstance(loader.sidecar['settings'], dict) else {}
+                 for loader in (train, test)]
+    ours, theirs = ([described[k].get('dataset', {}).get(key) for key in ('name', 'root', 'split')] for k in (0, 1))
+    if train.sidecar['crc32'] == test.sidecar['crc32'] or ours == theirs and ours[0]:
+        raise Fail(f'{pair} hold the same images, and what is measured on those says nothing about new ones: test on '
+                   'another split')
+    names, test_names = (d.get('classes') or [] for d in described)
+    occurring = np.unique(test.metadata['f2'])
+    if not names or len(test_names) <= occurring[-1]:
+        if ours[0] != theirs[0]:
+            raise Fail(f'{pair} are of the datasets {ours[0]} and {theirs[0]}, and do not both name their classes: '
+                       'write both again')
+        return torch.arange(occurring[-1] + 1)
+    strange = [test_names[k] for k in occurring if test_names[k] not in names]
+    if strange or len(set(names)) < len(names) and names != test_names:
+        few = lambda words: ', '.join(words[:5]) + ', ...' * (len(words) > 5)
+        raise Fail(f'{pair} have other classes: {few(strange)} of the test images are not among {few(names)}')
+    number = {name: k for k, name in enumerate(names)}
+    return torch.arange(len(names)) if names == test_names else torch.tensor([number.get(n, 0) for n in test_names])
+
+
 def plain_images(path, recipe, batch, num_workers, positions, pin_memory=False):
     """A PairLoader on the originals at `positions` of a beton, each once and in this order; checked before."""
     return PairLoader(path, [recipe], alpha=0, swap='first', batch_size=batch, seed=0, num_workers=num_workers,
@@ -114,17 +141,17 @@ class Monitor:
         size, self.knn, self.workers = config['image_size'], config['knn'], config['data']['num_workers']
         self.recipe = {'size': size, 'resize': size, 'crop_scale': None}
         self.mean_std, self.dtype, self.processes = mean_std, dtype, processes
-        labels = [labelled(self.knn[f'{part}_beton'], self.recipe, processes).metadata['f2']
-                  for part in ('train', 'test')]
-        self.samples, self.classes = list(map(len, labels)), int(max(map(max, labels))) + 1
+        loaders = [labelled(self.knn[f'{part}_beton'], self.recipe, processes) for part in ('train', 'test')]
+        self.known, self.samples = class_map(*loaders), [len(loader.metadata) for loader in loaders]
+        self.classes = int(max(loaders[0].metadata['f2'].max(), self.known.max())) + 1
         if self.knn['k'] > self.samples[0]:
             raise Fail(f"knn.k: {self.knn['k']} neighbours out of {self.samples[0]} images of knn.train_beton")
 
     def accuracy(self, backbone):
         """backbone: of the training, not touched. Top-1 accuracy between 0 and 1, the same on all processes."""
         encoder = Encoder(deepcopy(backbone), *self.mean_std, self.processes.device, self.dtype)
-        (train, labels), test = (
+        (train, labels), (test, test_labels) = (
             all_features(partial(plain_images, self.knn[f'{part}_beton'], self.recipe, 256, self.workers), n, encoder,
                          self.processes, f'kNN {part}') for part, n in zip(('train', 'test'), self.samples))
-        return knn_accuracy(train, labels, *test, self.classes, self.knn['k'], self.knn['temperature'], 256,
-                            self.processes)[0] / 100
+        return knn_accuracy(train, labels, test, self.known[test_labels], self.classes, self.knn['k'],
+                            self.knn['temperature'], 256, self.processes)[0] / 100

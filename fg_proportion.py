@@ -24,8 +24,9 @@ no proportion but 0 and 1 is a multiple of 0.2, and both rules agree.
 Run folder: fg_proportion.npz with `pc` (K,) of length 1 pointing towards the foreground, `sign` (what turned the
 eigenvector, or the file of `pca`, into it), `mean` (K,), `threshold`, `explained` (share of the variance), `encoder`
 (fingerprint of the weights) and, for N images, `proportion` float32 (N,) (NaN: unreadable), `noise_level` int16 (N,)
-(-1: unreadable); embeddings.npy (N, D) float16, projected and not normalised (zeros: unreadable), made for
-numpy.load(..., mmap_mode='r'); histogram.png, foreground.png, config.yaml, versions.json, log.jsonl.
+(-1: unreadable), `identity` uint32 (N,) (by which later stages know the images again); embeddings.npy (N, D) float16,
+projected and not normalised (zeros: unreadable), made for numpy.load(..., mmap_mode='r'); histogram.png,
+foreground.png, config.yaml, versions.json, log.jsonl.
 """
 import os
 import shutil
@@ -42,7 +43,7 @@ from tqdm import tqdm
 
 from common import Fail, Log, Processes, StopSignal, atomic, changed_keys, precision_dtype, run, shard
 from pictures import grid, histograms, overlay
-from sources import source_dataset
+from sources import same_images, source_dataset
 
 DEFAULTS = """
 output: runs/fg_proportion  # run folder
@@ -147,7 +148,7 @@ def choose_sign(projection, share, forced=None):
 # never made again. No result depends on who makes which chunk.
 
 class Images(Dataset):
-    """(image uint8 (3, S, S), readable): an image that cannot be read is zeros and False."""
+    """(image uint8 (3, S, S), readable, identity): an image that cannot be read is zeros and False."""
 
     def __init__(self, source, clip):
         # all of open_clip's preparation but its last two steps, ToTensor and Normalize: bytes are a quarter of the work
@@ -157,9 +158,9 @@ class Images(Dataset):
 
     def __getitem__(self, index):
         try:
-            return self.prepare(self.source[index][0]), True
+            return self.prepare(self.source[index][0]), True, self.source.identity(index)
         except Exception:  # PIL raises nearly everything on a damaged file
-            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), False
+            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), False, self.source.identity(index)
 
 
 class Sweep:
@@ -178,7 +179,7 @@ class Sweep:
         atomic(file, lambda path: np.savez(path, **arrays), once=True)
 
     def __call__(self, name, indices, per_batch, join, share=True):
-        """per_batch(tokens, embedding, readable) -> dict of tensors; join: two such tensors of a chunk -> one.
+        """per_batch(tokens, embedding, readable, identity) -> dict of tensors; join: two tensors of a chunk -> one.
         share: make the chunks of this process alone; otherwise then also those that other tasks have not made yet."""
         chunks = [indices[start:start + self.config['chunk']] for start in range(0, len(indices), self.config['chunk'])]
         files = [self.folder / f'{name}-{number:06d}.npz' for number in range(len(chunks))]
@@ -195,7 +196,10 @@ class Sweep:
 
     def make(self, name, chunks, per_batch, join):
         """Make those of chunks, (file, indices), that are not there."""
-        size = self.config['batch_size']
+        size, source = self.config['batch_size'], self.images.source
+        for file, chunk in chunks if name == 'proportion' else ():
+            for part in load_parts([file]) if file.is_file() else ():
+                same_images(source, chunk, part['identity'], file, 'delete the run folder to start again')
         batches = [(file, chunk[start:start + size], start + size >= len(chunk)) for file, chunk in chunks
                    if not file.is_file() for start in range(0, len(chunk), size)]
         loader = iter(DataLoader(self.images, batch_sampler=[batch.tolist() for _, batch, _ in batches],
@@ -212,11 +216,11 @@ class Sweep:
             with ThreadPoolExecutor(1) as saver:  # waits for GPU and disk while the next batches are launched
                 for file, batch, last in batches:
                     asked = time.perf_counter()
-                    images, readable = next(loader)
+                    images, readable, identity = next(loader)
                     waited += time.perf_counter() - asked
                     tokens, embedding = self.clip.encode(images, self.dtype)
                     finite = torch.isfinite(tokens).all() & finite
-                    new = per_batch(tokens, embedding, readable.to(self.processes.device))
+                    new = per_batch(tokens, embedding, readable.to(self.processes.device), identity)
                     result = new if result is None else {key: join(result[key], new[key]) for key in new}
                     if last:
                         if saved:
@@ -270,7 +274,7 @@ def draw(sweep, folder, indices, pc, projection, threshold, proportion, level):
     histograms(folder / 'histogram.png', panels)
     images = []
     for index in np.random.default_rng(0).permutation(indices):
-        image, readable = sweep.images[index]
+        image, readable, _ = sweep.images[index]
         images += [image] * readable
         if len(images) == 32:
             break
@@ -312,6 +316,11 @@ def main(config):
             if not finished.is_file():  # otherwise another task was faster and has removed what this one was reading
                 raise
     elif os.environ.get('RANK', '0') == '0':
+        with np.load(finished) as result:
+            if 'identity' in result:  # of an earlier version it is not there
+                source = source_dataset({**config['dataset'], 'download': False})
+                same_images(source, np.arange(len(source)), result['identity'], finished,
+                            'delete the folder to start again')
         print(f'{folder}: this run is finished; delete the folder to start again')
     if finished.is_file() and os.environ.get('RANK', '0') == '0':
         for leftover in folder.glob('.*.tmp*'):  # of killed processes
@@ -342,6 +351,7 @@ def measure(config, folder):
     parts.mkdir(parents=True, exist_ok=True)
     if processes.main:
         atomic(parts / 'run.npz', lambda p: np.savez(p, encoder=clip.fingerprint(), images=len(source)), once=True)
+    log.write(source.note)
     log.write(f"{len(source):,} images; {config['clip']['model']}: {clip.image_size} px, tokens {clip.token_dim}, "
               f'embedding {clip.embedding_dim}; {processes.world} x {processes.device.type}; run folder {folder}')
     if pca_count < config['pca_images']:
@@ -350,7 +360,7 @@ def measure(config, folder):
     picked = np.sort(np.random.default_rng(config['seed']).choice(len(source), pca_count, replace=False))
 
     # Pass 1: covariance of the tokens, then projections of the same tokens
-    def sums(tokens, embedding, readable):
+    def sums(tokens, embedding, readable, identity):
         rows = tokens[readable].permute(0, 2, 3, 1).reshape(-1, clip.token_dim).double()
         return {'count': torch.tensor(float(len(rows))), 'total': rows.sum(0), 'outer': rows.T @ rows}
 
@@ -371,7 +381,7 @@ def measure(config, folder):
     component, = load_parts([parts / 'component.npz'])
     pc = torch.from_numpy(component['pc']).float().to(processes.device)
 
-    def projections(tokens, embedding, readable):
+    def projections(tokens, embedding, readable, identity):
         return {'projection': torch.einsum('bkhw,k->bhw', tokens, pc)[readable]}
 
     def concatenate(a, b):
@@ -387,10 +397,10 @@ def measure(config, folder):
               stage='component', explained=float(component['explained']), sign=sign, threshold=float(threshold))
 
     # Pass 2: every image once
-    def measures(tokens, embedding, readable):
+    def measures(tokens, embedding, readable, identity):
         proportion = (torch.einsum('bkhw,k->bhw', tokens, pc) > float(threshold)).float().mean((1, 2))
         return {'proportion': torch.where(readable, proportion, torch.nan),
-                'embedding': (embedding * readable[:, None]).half()}
+                'embedding': (embedding * readable[:, None]).half(), 'identity': identity}
 
     result = {'pc': pc.cpu().numpy(), 'mean': component['mean'].astype(np.float32), 'threshold': threshold,
               'sign': sign, 'explained': component['explained'], 'encoder': clip.fingerprint()}
@@ -405,9 +415,11 @@ def measure(config, folder):
         return
     proportion = level = None
     if config['proportions']:
-        proportion = np.concatenate([part['proportion'] for part in load_parts(files)])
+        proportion, identity = (np.concatenate([part[key] for part in load_parts(files)])
+                                for key in ('proportion', 'identity'))
         level = noise_level(proportion)
-        result.update(proportion=proportion, noise_level=level)
+        same_images(source, np.arange(len(source)), identity, folder, 'delete it to start again')
+        result.update(proportion=proportion, noise_level=level, identity=identity.astype(np.uint32))
 
         def write_embeddings(path):
             with open(path, 'wb') as file:  # on a full disk writing to a memory map ends in a SIGBUS

@@ -37,7 +37,7 @@ from chunks import ForeignViews, StoredViews, bad, chunk_defects, encode_view, v
 from common import Fail, Log, Processes, StopSignal, atomic, changed_keys, run, save_json, shard
 from data import BeingWritten, open_beton, write_beton
 from pictures import grid
-from sources import shrink, source_dataset
+from sources import same_images, shrink, source_dataset
 
 DEFAULTS = """
 output: ''                # run folder
@@ -90,7 +90,7 @@ def main(config):
     first, step = shard(config['shard'], processes)
     stop, output, elsewhere = StopSignal(), Path(config['output']), config['source'] == 'folder'
     source = source_dataset(config['dataset'])
-    levels, embeddings, checksum = noise_levels(config, len(source))
+    levels, embeddings, checksum, known = noise_levels(config, source)
     settings = {'stage': 'gen_views', 'dataset': {k: config['dataset'][k] for k in ('name', 'root', 'split', 'subset')},
                 'images': len(source), 'strategy': config['strategy']}
     if elsewhere:
@@ -111,7 +111,16 @@ def main(config):
     unmoved = {**settings, 'dataset': {k: v for k, v in settings['dataset'].items() if k != 'root'}}
     digest = f'{zlib.crc32(json.dumps(unmoved, sort_keys=True).encode()):08x}'
     log = Log(output, config, main=processes.main)
-    beton, chunks, mine = output / 'pairs.beton', [], []
+    log.write(source.note)
+    beton, chunks, mine, images = output / 'pairs.beton', [], [], output / 'images.npy'
+
+    def compare(indices):
+        """With the images that stage 1 saw, and with those that were packed."""
+        packed = np.load(images) if images.is_file() else None
+        for seen, what, remedy in ((known, config['proportions'], 'run fg_proportion.py on them again'),
+                                   (packed, output, 'choose another output folder')):
+            if seen is not None:
+                same_images(source, indices, seen, what, remedy)
 
     def record(i):
         """What stands in the chunk beside the view of image i, but for generator and precision."""
@@ -127,6 +136,7 @@ def main(config):
         chunks = [(output / 'views' / f'{number:06d}.tar', range(start, min(start + config['chunk_size'], len(source))))
                   for number, start in enumerate(range(0, len(source), config['chunk_size']))]
         mine = chunks[first::step]
+        compare(np.array([i for _, part in mine for i in part], int))
         todo = [c for c in mine if not c[0].exists() and (not config['verify'] or bad(c[0]).exists())]
         log.write(f'{len(source)} images, levels {histogram(levels)}; {len(chunks)} chunks, {len(todo)} to make here')
         if todo and config['pack'] is not True:
@@ -146,9 +156,11 @@ def main(config):
     if config['pack'] is False:
         log.write(f'all chunks are there; pack=true writes {beton}')
         return
-    settings.update({k: config[k] for k in ('image_size', 'beton_mode', 'beton_quality')})
+    compare(np.arange(len(source)))
+    settings.update({k: config[k] for k in ('image_size', 'beton_mode', 'beton_quality')}, classes=source.classes)
     if beton.exists():
-        changed = changed_keys(open_beton(beton, verify=False)['settings'], settings, moved)
+        packed = {'classes': source.classes, **open_beton(beton, verify=False)['settings']}  # earlier ones name none
+        changed = changed_keys(packed, settings, moved)
         if changed:
             raise Fail(f"{beton}: was packed with other settings: {', '.join(changed)}; delete it, and the same "
                        'command packs it again')
@@ -158,7 +170,9 @@ def main(config):
         names = view_names(config['views_per_image'], config['view_format'])
         views = StoredViews(output / 'views', config['chunk_size'], names)
     try:
+        identities = source.identities(range(len(source)))
         pack(config, beton, source, levels, views, settings, log, stop)
+        atomic(images, lambda path: np.save(path, identities))
     except BeingWritten:
         log.write(f'{beton}: another process is packing it')
 
@@ -189,12 +203,13 @@ def check(config):
         raise Fail(f"'image_size' must be a number of pixels or null, not {config['image_size']!r}")
 
 
-def noise_levels(config, count):
-    """Noise level (-1: no view) and embedding of every image, and a checksum of both."""
+def noise_levels(config, source):
+    """Noise level (-1: no view) and embedding of every image, a checksum of both, and what stage 1 knew them by."""
+    count = len(source)
     if config['strategy'] == 'none':
-        return np.full(count, -1), None, None
+        return np.full(count, -1), None, None, None
     if not config['proportions']:  # views made elsewhere
-        return np.full(count, config['noise_level']), None, None
+        return np.full(count, config['noise_level']), None, None, None
     stored = config['source'] == 'generator' and config['generator']['condition'] == 'stored'
     folder, embeddings = Path(config['proportions']), None
     for name in ('fg_proportion.npz', 'embeddings.npy')[:1 + stored]:
@@ -203,9 +218,11 @@ def noise_levels(config, count):
     with np.load(folder / 'fg_proportion.npz') as found:
         if 'noise_level' not in found:
             raise Fail(f'{folder}: was made with proportions=false; run fg_proportion.py without it')
-        adaptive = found['noise_level']
+        adaptive, known = found['noise_level'], found['identity'] if 'identity' in found else None
     if stored:
         embeddings = np.load(folder / 'embeddings.npy', mmap_mode='r')
+    if known is not None and len(known) != count:
+        same_images(source, np.arange(count), known, folder, 'run fg_proportion.py with the same dataset keys')
     if not len(adaptive) == len(adaptive if embeddings is None else embeddings) == count:
         raise Fail(f'{folder}: holds {len(adaptive)} noise levels' + f' and {len(embeddings)} embeddings' * stored +
                    f', the dataset {count} images; run fg_proportion.py with the same dataset keys')
@@ -217,7 +234,7 @@ def noise_levels(config, count):
         levels = adaptive.astype(int)
     levels = np.where(adaptive < 0, -1, levels)  # stage 1 could not read these
     checksum = zlib.crc32(np.ascontiguousarray(embeddings)) if stored else 0
-    return levels, embeddings, zlib.crc32(levels.tobytes(), checksum)
+    return levels, embeddings, zlib.crc32(levels.tobytes(), checksum), known
 
 
 def draw(*numbers):

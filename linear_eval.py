@@ -35,7 +35,7 @@ from checkpoints import backbone_of, digest
 from common import (Fail, Log, Processes, StopSignal, answered, earlier, load_checkpoint, precision_dtype, run,
                     save_checkpoint, save_json, seed_everything)
 from data import PairLoader
-from features import Encoder, all_features, hits, knn_accuracy, labelled, percent, plain_images
+from features import Encoder, all_features, class_map, hits, knn_accuracy, labelled, percent, plain_images
 
 DEFAULTS = """
 checkpoint: null        # backbone.pt of pretrain.py, or another's file (.pth, .safetensors)
@@ -203,7 +203,8 @@ def main(config):
     recipe = {'size': size, 'resize': config['resize'] or size, 'crop_scale': None}
     augmented = {'size': size, 'crop_scale': linear['crop_scale'], 'flip': linear['flip']}
     recipe_row(augmented, 'linear')
-    sidecars = {part: labelled(config[f'{part}_beton'], recipe, processes).sidecar for part in ('train', 'test')}
+    loaders = {part: labelled(config[f'{part}_beton'], recipe, processes) for part in ('train', 'test')}
+    known, sidecars = class_map(*loaders.values()), {part: loader.sidecar for part, loader in loaders.items()}
     n_train, n_test = (sidecar['samples'] for sidecar in sidecars.values())
     if knn['k'] > n_train:
         raise Fail(f"knn.k: {knn['k']} neighbours out of {n_train} training images; set a smaller knn.k")
@@ -241,6 +242,7 @@ def main(config):
     train, (test, test_labels) = (
         computed_once(folder / f'{part}_features.pt', {**question, 'beton': contents[part]}, partial(compute, part),
                       processes) for part in ('train', 'test'))
+    test_labels = known[test_labels]
     classes = int(max(train[1].max(), test_labels.max())) + 1
     nearest = knn_accuracy(*train, test, test_labels, classes, knn['k'], knn['temperature'], knn['batch'], processes)
     log.write(f"kNN (k {knn['k']}, temperature {knn['temperature']}): top-1 {nearest[0]:.2f}  top-5 {nearest[1]:.2f}",

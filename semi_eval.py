@@ -30,9 +30,9 @@ from checkpoints import backbone_of, digest
 from common import (Fail, Log, Processes, StopSignal, answered, atomic, earlier, precision_dtype, random_states,
                     restore, run, save_checkpoint, save_json, seed_everything)
 from data import PairLoader
-from features import hits, labelled, percent, plain_images
+from features import class_map, hits, labelled, percent, plain_images
 from models import average_running_statistics, distributed, global_mean, normalize, synchronize_batch_norm
-from sources import source_dataset
+from sources import same_images, source_dataset
 
 DEFAULTS = """
 checkpoint: null        # backbone.pt of pretrain.py, or another's file (.pth, .safetensors)
@@ -114,10 +114,11 @@ def balanced(labels, share, seed):
     return np.sort(np.lexsort((place[labels], rank))[:max(1, round(share * len(labels)))])
 
 
-def listed(path, root, sidecar, indices):
+def listed(path, root, sidecar, indices, beton=None):
     """Positions in the beton of the images that a file names, and how many of its lines the beton does not have.
 
-    indices: (N,) of the beton. Raises Fail when nothing, or less than 99 % of the list, is found."""
+    indices: (N,) of the beton; beton: its path, beside which gen_views.py leaves what the images were.
+    Raises Fail when nothing, or less than 99 % of the list, is found."""
     try:
         names = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
@@ -133,6 +134,8 @@ def listed(path, root, sidecar, indices):
         if len(source) <= indices.max():
             raise Fail(f"subset.file: {path}: {spec['name']} in {root or spec['root']} has {len(source)} images, the "
                        'beton was written from more: set subset.root')
+        if beton and beton.with_name('images.npy').is_file():
+            same_images(source, indices, np.load(beton.with_name('images.npy')), beton, 'give indices in subset.file')
         whole = any('/' in name for name in names)
         by_name = {source.path(i) if whole else Path(source.path(i) or '').name: k for i, k in position.items()}
         if len(by_name) < len(position):
@@ -188,13 +191,14 @@ def save(checkpoint, model, optimizer, scaler, step, identity, processes):
 
 
 @torch.no_grad()
-def accuracy(model, loader, n, autocast, processes):
-    """Top-1 and top-5 in percent over n test images. loader: of those of this process, None where it has none."""
+def accuracy(model, loader, n, known, autocast, processes):
+    """Top-1 and top-5 in percent over n test images. loader: of those of this process, None where it has none; known:
+    see class_map."""
     counts = torch.zeros(2, dtype=torch.double, device=processes.device)
     with autocast, closing(loader.epoch(0) if loader else (_ for _ in ())) as batches:
         for batch in tqdm(batches, 'test', len(loader or ()), disable=None if processes.main else True):
             counts += hits(model(batch['views'][0].to(processes.device)).float(),
-                           batch['label'].to(processes.device))
+                           known[batch['label']].to(processes.device))
     return percent(counts, n, processes)
 
 
@@ -211,13 +215,14 @@ def main(config):
     plain = {'size': size, 'resize': config['resize'] or size, 'crop_scale': None}
     everything, every_test = (labelled(config[f'{part}_beton'], plain, processes) for part in ('train', 'test'))
     labels, indices = (everything.metadata[field].astype(np.int64) for field in ('f2', 'f3'))
-    n_test, last_label, classes = len(every_test.metadata), every_test.metadata['f2'].max(), int(labels.max()) + 1
-    if last_label >= classes:
-        raise Fail(f"{config['test_beton']}: has a label {last_label}; those of the training images end at "
+    n_test, known = len(every_test.metadata), class_map(everything, every_test)
+    classes = int(labels.max()) + 1
+    if known.max() >= classes:
+        raise Fail(f"{config['test_beton']}: has a label {known.max()}; those of the training images end at "
                    f'{classes - 1}')
     subset = config['subset']
     if subset['file']:
-        chosen, lost = listed(subset['file'], subset['root'], everything.sidecar, indices)
+        chosen, lost = listed(subset['file'], subset['root'], everything.sidecar, indices, everything.paths[0])
     else:
         chosen, lost = balanced(labels, subset['share'], config['seed']), 0
     if config['batch_size'] > len(chosen):
@@ -289,7 +294,7 @@ def main(config):
     if leave:
         stop.leave(log, f'saved at step {step} of {last_step}; the same command resumes')
 
-    top1, top5 = accuracy(model.eval(), tests, n_test, autocast, processes)
+    top1, top5 = accuracy(model.eval(), tests, n_test, known, autocast, processes)
     summary = (f"{config['checkpoint']}: fine-tuned on {len(chosen)} of {len(labels)} images: top-1 {top1:.2f}  top-5 "
                f'{top5:.2f} ({n_test} test images)')
     if processes.main:

@@ -11,6 +11,10 @@ import socket
 import subprocess
 import tarfile
 import tempfile
+import zlib
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 
@@ -26,7 +30,8 @@ CIFAR_TRAIN_MEAN = {'CIFAR10': (0.4914, 0.4822, 0.4465), 'CIFAR100': (0.5071, 0.
 # Kornblith et al. 2019, and one name for test and val where there is only one.
 SPLITS = {'DTD': {'train': ('train', 'val')}, 'Flowers102': {'train': ('train', 'val')},
           'OxfordIIITPet': {'train': ('trainval',), 'val': ('test',)}, 'FGVCAircraft': {'train': ('trainval',)},
-          'ImageNet': {'test': ('val',)}, 'Food101': {'val': ('test',)}, 'StanfordCars': {'val': ('test',)}}
+          'ImageNet': {'test': ('val',)}, 'Imagenette': {'test': ('val',)}, 'Country211': {'val': ('valid',)},
+          **{name: {'val': ('test',)} for name in ('Food101', 'StanfordCars', 'STL10', 'SVHN', 'GTSRB')}}
 HOMES = {  # what to download, and what must then be in root
     'CIFAR10': ('https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz', 'cifar-10-batches-py'),
     'CIFAR100': ('https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz', 'cifar-100-python'),
@@ -46,19 +51,24 @@ HOMES = {  # what to download, and what must then be in root
     'ImageNet': ('devkit and images of https://image-net.org/download (with class folders in train/ and val/ use name: '
                  'folder)', 'ILSVRC2012_devkit_t12.tar.gz')}
 EXTENSIONS = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff', '.gif', '.ppm', '.pgm')
+SYSTEM = ('__MACOSX', '__pycache__', '@eaDir', '$RECYCLE.BIN', 'System Volume Information', 'lost+found', 'Thumbs.db',
+          'desktop.ini')                                # left by systems; like hidden ones no part of a data set
+SPLIT_FOLDERS = {'train': ('train', 'training'), 'val': ('val', 'valid', 'validation'), 'test': ('test', 'testing')}
 
 
 class Source:
     """A list of images: `len(source)`, `source[i] -> (PIL RGB image, int label)`, `.labels` (int array, -1 for none),
-    `.classes` (list of names), `.path(i)` (file name relative to the root, or None).
+    `.classes` (list of names, empty where there are none), `.path(i)` (file name relative to the root, or None),
+    `.note` (what the user should know of the files, or None), `.identity(...)`.
 
     An image that cannot be read raises Fail with its number and name; the others stay readable."""
 
-    def __init__(self, name, read, labels, classes, paths=None, subset=None):
+    def __init__(self, name, read, labels, classes, paths=None, home=None, note=None, subset=None):
         labels = np.asarray(labels, np.int64)
         self.kept = np.arange(len(labels)) if subset is None else _first_of_each_class(labels, subset)
-        self.name, self.read, self.paths = name, read, paths or None
-        self.labels, self.classes = labels[self.kept], list(classes)
+        self.name, self.read, self.paths, self.home, self.note = name, read, paths or None, home, note
+        self.labels = labels[self.kept]
+        self.classes = [c if isinstance(c, str) else ', '.join(map(str, c)) for c in classes]   # ImageNet's: synonyms
 
     def __len__(self):
         return len(self.kept)
@@ -72,6 +82,38 @@ class Source:
             return rgb(self.read(k)), int(self.labels[i])
         except Exception as e:                           # PIL raises a dozen types for a damaged file
             raise Fail(f'{self.name}: image {i} ({self.path(i) or "no file name"}) cannot be read: {e}') from e
+
+    def identity(self, i):
+        """A number, 32 bits, that tells image i from another one: of its path below the root and its size in bytes, or
+        of its pixels where it is no file of its own (0: unreadable)."""
+        if not self.paths:
+            with suppress(Fail):
+                return zlib.crc32(self[i][0].tobytes())
+            return 0
+        try:
+            size = os.stat(os.path.join(self.home, self.path(i))).st_size
+        except OSError:
+            size = -1
+        return zlib.crc32(f'{self.path(i)}\0{size}'.encode('utf-8', 'surrogateescape'))
+
+    def identities(self, indices):
+        """uint32 array of the identities of some images."""
+        with ThreadPoolExecutor(8) as pool:              # a network file system answers several at a time
+            return np.fromiter(pool.map(self.identity, indices, chunksize=256), np.uint32, len(indices))
+
+
+def same_images(source, indices, known, what, remedy):
+    """Raises Fail that names the first image whose identity is not the known one.
+
+    indices: the images to compare; known: identities of all images as they were, (N,); what: was made from them."""
+    n = min(len(source), len(known))
+    indices = indices[indices < n]
+    differ = indices[source.identities(indices) != known[indices]].tolist()
+    if differ or len(source) != len(known):
+        i = differ[0] if differ else n
+        now = (source.path(i) or 'another one') + ' now' if i < len(source) else 'gone'
+        raise Fail(f'{what}: was made from other images: image {i} of {len(known)} is {now}, one of {len(source)}. '
+                   f'Put the images back as they were, or {remedy}')
 
 
 def _first_of_each_class(labels, total):
@@ -103,16 +145,17 @@ def source_dataset(spec):
 
     name      CIFAR10, CIFAR100, tiny-imagenet, any class of torchvision.datasets, or `folder`: one sub-folder per
               class, or images directly in the folder (then every label is -1)
-    root      where it lies; a folder may hold its splits as root/train, root/val, ...
-    split     'train' | 'test' | 'val', the official ones; the last two mean the same where there is only one. `train`
-              has the validation images too in DTD, Flowers102, OxfordIIITPet and FGVCAircraft; SUN397's first
-              partition; of Caltech101 30 images per class, always the same, the others for `test`
+    root      where it lies; a folder may hold its splits as root/train, root/val (or valid), root/test, ...
+    split     'train' | 'test' | 'val', the official ones; the last two mean the same where there is only one, and a set
+              without splits has `train` alone. `train` has the validation images too in DTD, Flowers102,
+              OxfordIIITPet and FGVCAircraft; SUN397's first partition; of Caltech101 30 images per class, always the
+              same, the others for `test`
     download  fetch it into root when it is not there
     subset    null, or how many images: the first ones of every class, in the order of the full set"""
     known = {'name': None, 'root': 'datasets', 'split': 'train', 'download': False, 'subset': None}
     check_keys(spec, known, 'dataset')
     name, root, split, download, subset = {**known, **spec}.values()
-    root, paths = Path(root), None
+    root, home, paths, note = Path(root), Path(root), None, None
     if split not in ('train', 'test', 'val'):
         raise Fail(f'dataset: split {split!r} is not one of train, test, val')
     patience = socket.getdefaulttimeout()
@@ -122,11 +165,12 @@ def source_dataset(spec):
             images, labels, classes = _cifar(name, root, 'train' if split == 'train' else 'test', download)
             read = images.__getitem__
         elif name in FINDERS:
-            home, paths, labels, classes = FINDERS[name](root, split, download)
+            home, paths, labels, classes, *notes = FINDERS[name](root, split, download)
+            note = notes[0] if notes else None
             read = lambda k: Image.open(home / paths[k])
         else:
             read, labels, classes, paths = _torchvision(name, root, split, download)
-        return Source(name, read, labels, classes, paths, subset)
+        return Source(name, read, labels, classes, paths, home, note, subset)
     except Exception as e:                               # torchvision and the network: any type, often several lines
         text = str(e) if isinstance(e, Fail) else f'dataset {name} in {root}: {" ".join(str(e).split())}'
         source, there = HOMES.get(name, (None, ''))
@@ -218,22 +262,83 @@ def _fetch_cifar(name, root, scratch):
     return arrays
 
 
+def visible(folder):
+    """os.DirEntry of each file and folder that belongs to a data set, sorted by name."""
+    return sorted((e for e in os.scandir(folder) if not e.name.startswith('.') and e.name not in SYSTEM),
+                  key=lambda e: e.name)
+
+
+def is_folder(entry):
+    return entry.is_dir(follow_symlinks=False) or entry.is_symlink() and os.path.isdir(entry.path)
+
+
+def walk(folder, prefix='', above=()):
+    """Names of all files below a folder, relative to it; links are followed, but not in circles."""
+    stat = os.stat(folder)
+    above = {*above, (stat.st_dev, stat.st_ino)}
+    for entry in visible(folder):
+        if not is_folder(entry):
+            yield prefix + entry.name
+        elif (lambda s: (s.st_dev, s.st_ino))(os.stat(entry.path)) not in above:
+            yield from walk(entry.path, f'{prefix}{entry.name}/', above)
+
+
+def is_image(name):
+    return os.path.splitext(name)[1].lower() in EXTENSIONS
+
+
+def _few(names):
+    return ', '.join(names[:5]) + ', ...' * (len(names) > 5)
+
+
+def _split_folder(root, folders, split):
+    """The folder of a split below root and the folders beside the splits, or (root, [])."""
+    there = {kind: name for kind, names in SPLIT_FOLDERS.items() for name in reversed(folders) if name.lower() in names}
+    others = [name for name in folders if name not in there.values()]
+    if len(there) == 1 and any(is_image(file) for name in others for file in walk(root / name)):
+        name, = there.values()                           # a folder `train` among others may be a class: trains
+        if any(is_image(entry.name) for entry in visible(root / name)):
+            there = {}
+        else:
+            raise Fail(f'dataset: {root}: is {name} a split, or a class beside {_few(others)}? For the first set '
+                       f'dataset.root={root / name}; otherwise put its images directly into it')
+    if not there and split != 'train':
+        raise Fail(f'dataset: {root} has no split {split!r}: it has no folders {", ".join(SPLIT_FOLDERS)}. To read all '
+                   'of it set dataset.split=train')
+    if not there:
+        return root, []
+    wanted = [kind for kind in {'train': ['train'], 'test': ['test', 'val'], 'val': ['val', 'test']}[split]
+              if kind in there]
+    if not wanted:
+        raise Fail(f'dataset: {root} has no split {split!r}; there is {", ".join(there.values())}')
+    return root / there[wanted[0]], others
+
+
 def _folder(root, split, download):
-    folders = {p.name for p in root.iterdir() if p.is_dir()}
-    if folders <= {'train', 'val', 'test', 'valid'}:     # else a folder named `train` is a class: pictures of trains
-        wanted = {'train': ['train'], 'test': ['test', 'val'], 'val': ['val', 'test']}[split]
-        root = root / next((sub for sub in wanted if sub in folders), '.')
-    images = lambda paths: sorted(str(p.relative_to(root)) for p in paths
-                                  if p.suffix.lower() in EXTENSIONS and not p.name.startswith('.'))
-    classes = sorted(p.name for p in root.iterdir() if p.is_dir())
-    inside = [images((root / name).rglob('*')) for name in classes]
-    files, labels = [f for fs in inside for f in fs], [k for k, fs in enumerate(inside) for _ in fs]
-    if not files:
-        files, classes = images(root.iterdir()), []
-        labels = [-1] * len(files)
-    if not files:
-        raise Fail(f'dataset: no images ({", ".join(EXTENSIONS)}) in {root} or its sub-folders')
-    return root, files, labels, classes
+    folders = lambda: [entry.name for entry in visible(root) if is_folder(entry)]
+    root, others = _split_folder(root, folders(), split)
+    files, labels, classes, empty, left = [], [], [], [], Counter()
+    direct = [entry.name for entry in visible(root) if not is_folder(entry)]
+    for name in folders():
+        inside = sorted(f'{name}/{file}' for file in walk(root / name))
+        images = [file for file in inside if is_image(file)]
+        left.update(os.path.splitext(file)[1].lower() for file in inside if not is_image(file))
+        labels += [len(classes)] * len(images)
+        files += images
+        (classes if images else empty).append(name)
+    left.update(os.path.splitext(file)[1].lower() for file in direct if not is_image(file))
+    direct = [file for file in direct if is_image(file)]
+    skipped = ', '.join(f'{n} {kind or "without extension"}' for kind, n in sorted(left.items()))
+    if not files and not direct:
+        raise Fail(f'dataset: no images ({", ".join(EXTENSIONS)}) in {root} or its sub-folders'
+                   + f'; there are other files: {skipped}' * bool(left))
+    notes = [text for text in (
+        others and f'not used beside the splits: {_few(others)}',
+        empty and f'folders without images, which are no classes: {_few(empty)}',
+        files and direct and f'{len(direct)} images directly in it are not used, only those of its folders',
+        left and f'files that are not read, by extension: {skipped}') if text]
+    note = f'{root}: {"; ".join(notes)}' if notes else None
+    return (root, files, labels, classes, note) if files else (root, direct, [-1] * len(direct), [], note)
 
 
 def _tiny_imagenet(root, split, download):
@@ -249,7 +354,7 @@ def _tiny_imagenet(root, split, download):
             os.replace(f'{scratch}/{home.name}', home)
     classes = sorted((home / 'wnids.txt').read_text().split())
     if split == 'train':
-        rows = [(str(p.relative_to(home)), c) for c in classes for p in sorted((home / 'train' / c).rglob('*.JPEG'))]
+        rows = [(f'train/{c}/{p}', c) for c in classes for p in sorted(walk(home / 'train' / c)) if p.endswith('.JPEG')]
     else:                                                # its test set has no labels: `test` means val
         lines = (home / 'val' / 'val_annotations.txt').read_text().splitlines()
         rows = sorted((f'val/images/{file}', c) for file, c, *_ in (line.split('\t') for line in lines))
@@ -281,10 +386,10 @@ def _caltech101(root, split, download):
     if not home.is_dir():                                # torchvision would leave an empty folder behind
         raise Fail(f'Caltech101 is not in {root} and `download` is false')
     from augment import permutation_keys                 # numba takes a second to import, and no other set needs it
-    classes = sorted(p.name for p in home.iterdir() if p.is_dir() and p.name != 'BACKGROUND_Google')
+    classes = [entry.name for entry in visible(home) if is_folder(entry) and entry.name != 'BACKGROUND_Google']
     files, labels = [], []
     for k, name in enumerate(classes):
-        images = sorted(p.name for p in (home / name).glob('*.jpg'))
+        images = [entry.name for entry in visible(home / name) if entry.name.endswith('.jpg')]
         order = np.argsort(permutation_keys(0, k, len(images)), kind='stable')
         chosen = np.sort(order[:30] if split == 'train' else order[30:])
         files += [f'{name}/{images[i]}' for i in chosen]
@@ -302,6 +407,9 @@ def _torchvision(name, root, split, download):
         near = difflib.get_close_matches(str(name), ['tiny-imagenet', 'folder', *torchvision.datasets.__all__], 1, 0.3)
         raise Fail(f'dataset: no dataset is named {name!r}' + (f', did you mean {near[0]!r}?' if near else ''))
     accepted = inspect.signature(kind.__init__).parameters
+    if split != 'train' and not {'train', 'split'} & set(accepted):
+        raise Fail(f'dataset: {name} has no official split, so no {split!r}: read all of it with split: train, or sort '
+                   'its images into folders train/CLASS and test/CLASS and use name: folder')
     parts, labels, paths = [], [], []
     for part in SPLITS.get(name, {}).get(split, (split,)):
         options = {'train': part == 'train', 'split': part, 'download': download}

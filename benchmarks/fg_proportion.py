@@ -40,7 +40,7 @@ if __name__ == '__main__':
     indices = np.random.default_rng(0).permutation(len(source))[:options['images']]
     pc = torch.randn(clip.token_dim, device=device)
 
-    def measures(tokens, embedding, readable):
+    def measures(tokens, embedding, readable, identity):
         return {'proportion': (torch.einsum('bkhw,k->bhw', tokens, pc) > 0).float().mean((1, 2)),
                 'embedding': (embedding * readable[:, None]).half()}
 
