@@ -41,8 +41,8 @@ def labelled(path, recipe, processes):
 def class_map(train, test):
     """The training label of each label of the test images, int64 (number of them,): both know their classes by name.
 
-    train, test: loaders of `labelled`. Where a beton names no classes the numbers count. Raises Fail where the test
-    images have other classes, or are the training images."""
+    train, test: loaders of `labelled`. Of betons that were not written from datasets the numbers count. Raises Fail
+    where the test images have other classes, or are the training images."""
     pair = f'{test.paths[0]} (test) and {train.paths[0]} (train)'
     described = [loader.sidecar['settings'] if isinstance(loader.sidecar['settings'], dict) else {}
                  for loader in (train, test)]
@@ -53,7 +53,7 @@ def class_map(train, test):
     names, test_names = (d.get('classes') or [] for d in described)
     occurring = np.unique(test.metadata['f2'])
     if not names or len(test_names) <= occurring[-1]:
-        if ours[0] != theirs[0]:
+        if ours[0] and theirs[0] and (ours[0] != theirs[0] or names or test_names):
             raise Fail(f'{pair} are of the datasets {ours[0]} and {theirs[0]}, and do not both name their classes: '
                        'write both again')
         return torch.arange(occurring[-1] + 1)

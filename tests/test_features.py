@@ -16,7 +16,8 @@ sys.path.insert(0, str(ROOT))
 from common import Fail, Processes  # noqa: E402
 from conftest import coloured_samples  # noqa: E402
 from data import write_beton  # noqa: E402
-from features import Encoder, all_features, hits, knn_accuracy, labelled, percent, plain_images  # noqa: E402
+from features import (Encoder, Monitor, all_features, class_map, hits, knn_accuracy, labelled, percent,  # noqa: E402
+                      plain_images)
 from models import build_backbone  # noqa: E402
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
@@ -73,6 +74,45 @@ def test_features_are_those_of_each_image_in_order(tmp_path):
     write_beton(tmp_path / 'b', lambda i: (*images[i][:2], i - 1, i, -1), 11, {}, num_workers=1)
     with pytest.raises(Fail, match='there are images without label'):
         labelled(tmp_path / 'b', {'size': 16}, Processes('cpu'))
+
+
+def classified(path, labels, classes=None, name='folder', split='train', shift=0):
+    """A loader on a beton whose images of label l have the colour of classes[l], as gen_views.py writes it."""
+    settings = {'dataset': {'name': name, 'root': 'r', 'split': split}} | ({'classes': classes} if classes else {})
+    colour = lambda i: 255 - 60 * 'abcde'.index(classes[labels[i]]) if classes else 9
+    image = lambda i: np.full((16, 16, 3), max(0, colour(i) - i % 7 - shift), np.uint8)
+    write_beton(path, lambda i: (image(i), None, labels[i], i, -1), len(labels), settings if name else {},
+                num_workers=1)
+    return labelled(path, {'size': 16}, Processes('cpu'))
+
+
+def test_labels_of_two_betons_are_joined_by_name(tmp_path):
+    train = classified(tmp_path / 'train', [0, 1, 2] * 9, ['a', 'b', 'c'])
+    test = lambda *of, **more: classified(tmp_path / 'test', *of, **{'split': 'test', **more})
+    assert class_map(train, test([0, 1, 2], ['a', 'b', 'c'])).tolist() == [0, 1, 2]
+    assert class_map(train, test([0, 1], ['a', 'c'])).tolist() == [0, 2]        # a tree without the folder of b
+    assert class_map(train, test([0, 1, 2], ['c', 'a', 'b'])).tolist() == [2, 0, 1]
+    assert class_map(train, test([0, 2], ['a', 'x', 'c'])).tolist()[::2] == [0, 2]  # no image of x
+    for of, words in ((([0, 1, 2], ['a', 'd', 'e']), 'other classes: d, e of the test images are not among a, b, c'),
+                      (([0, 1, 2],), 'do not both name their classes'),
+                      (([0, 1], None, 'CIFAR10'), 'of the datasets folder and CIFAR10')):
+        with pytest.raises(Fail, match=words):
+            class_map(train, test(*of))
+    plain = [classified(tmp_path / n, [0, 1, 2], name=None, shift=k) for k, n in enumerate('xy')]
+    assert class_map(*plain).tolist() == [0, 1, 2]                              # written by hand: numbers
+    for same in (train, classified(tmp_path / 'other', [0, 1], ['a', 'b'])):    # equal bytes; the same split
+        with pytest.raises(Fail, match='hold the same images'):
+            class_map(train, same)
+
+
+def test_monitor_maps_labels_by_name(tmp_path):
+    classified(tmp_path / 'train', [0, 1, 2] * 9, ['a', 'b', 'c'])
+    classified(tmp_path / 'test', [0, 1] * 5, ['b', 'c'], split='test')
+    config = {'image_size': 16, 'data': {'num_workers': 1}, 'knn': {
+        'k': 3, 'temperature': 0.07, **{f'{part}_beton': str(tmp_path / part) for part in ('train', 'test')}}}
+    torch.manual_seed(0)
+    monitor = Monitor(config, (MEAN, STD), torch.float32, Processes('cpu'))
+    assert monitor.accuracy(build_backbone('resnet18', 'cifar', 8)) == 1
 
 
 def _stop_on_one_process(rank, folder):

@@ -3,6 +3,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -194,6 +195,22 @@ def test_finished_run_stops_and_changed_settings_are_refused(run, clips, images,
     assert 'finished' in capsys.readouterr().out and (folder / 'fg_proportion.npz').stat().st_mtime_ns == before
     with pytest.raises(Fail, match=r'clip\.image_size \(was None, now 64\)'):
         fg_proportion.main({**config, 'clip': {**config['clip'], 'image_size': 64}})
+
+
+def test_a_run_notices_that_its_images_have_changed(stage, clips, images, tmp_path, capsys):
+    shutil.copytree(images, tmp_path / 'images')
+    path = write_yaml(tmp_path / 'a.yaml', tmp_path / 'images', clips['vit'], tmp_path / 'out')
+    stage(path, 'shard=0/2')                                     # chunks 0, 2, 4 of 8 images each
+    (tmp_path / 'images/017.png').rename(tmp_path / 'images/0175.png')
+    with pytest.raises(Fail, match='proportion-000002.npz: was made from other images: image 17 of 44 is 0175.png now'):
+        stage(path)
+    (tmp_path / 'images/0175.png').rename(tmp_path / 'images/017.png')
+    stage(path)
+    stage(path)
+    assert 'finished' in capsys.readouterr().out
+    (tmp_path / 'images/043.png').write_bytes((tmp_path / 'images/042.png').read_bytes() + b'x')
+    with pytest.raises(Fail, match='fg_proportion.npz: was made from other images: image 43 of 44 is 043.png now'):
+        stage(path)
 
 
 def wait_for(path, job):

@@ -27,6 +27,7 @@ from common import Fail, load_config  # noqa: E402
 from data import PairLoader, open_beton  # noqa: E402
 from frozen_clip import FrozenClip  # noqa: E402
 from generators import UnCLIP  # noqa: E402
+from sources import source_dataset  # noqa: E402
 from train import schedulers, text_models  # noqa: E402
 
 N, D, UNREADABLE = 23, 12, 9
@@ -427,6 +428,66 @@ def test_verify_where_nothing_is_or_machines_differ_or_only_a_share_is_looked_at
     assert 'other generator or precision: 1 (000003.tar' in capsys.readouterr().out
     generate(settings, tmp_path)
     assert {p.name: p.read_bytes() for p in folder.glob('views/*')} == whole and (folder / 'pairs.beton').exists()
+
+
+def swap(images, removed, added):
+    """One image less, another one more: as many as before, and from there on each in the place of another."""
+    (images / removed).unlink()
+    shutil.copy(images / '022.png', images / added)
+
+
+@pytest.fixture
+def own_stage1(stage1, tmp_path):
+    """stage1 that a test may change; it tells by what it knew the images."""
+    shutil.copytree(stage1, tmp_path / 'stage1')
+    source = source_dataset({'name': 'folder', 'root': tmp_path / 'stage1/images'})
+    np.savez(tmp_path / 'stage1/fg_proportion.npz', noise_level=LEVELS, identity=source.identities(range(N)))
+    return tmp_path / 'stage1'
+
+
+def test_images_that_changed_after_stage_1(settings, own_stage1, tmp_path):
+    settings |= {'proportions': str(own_stage1), 'dataset': {'name': 'folder', 'root': str(own_stage1 / 'images')}}
+    swap(own_stage1 / 'images', '003.png', '010b.png')
+    words = f'{own_stage1}: was made from other images: image 3 of 23 is 004.png now, one of 23'
+    for changes in ({}, {'verify': True}):
+        with pytest.raises(Fail, match=words):
+            generate(settings, tmp_path, **changes)
+    assert not list(tmp_path.glob('views/views/*')) and not (tmp_path / 'views/pairs.beton').exists()
+
+
+def test_images_that_changed_after_the_views(settings, own_stage1, tmp_path, capsys):
+    settings |= {'proportions': str(own_stage1), 'dataset': {'name': 'folder', 'root': str(own_stage1 / 'images')}}
+    folder = generate(settings, tmp_path, pack=False)
+    swap(own_stage1 / 'images', '003.png', '010b.png')
+    for changes in ({'pack': True}, {'verify': True}, {}):
+        with pytest.raises(Fail, match='image 3 of 23 is 004.png now'):
+            generate(settings, tmp_path, **changes)
+    assert not (folder / 'pairs.beton').exists()
+    (own_stage1 / 'images/010b.png').rename(own_stage1 / 'images/003.png')
+    with pytest.raises(Fail, match='image 3 of 23 is 003.png now'):  # its place, not its size
+        Image.new('RGB', (20, 24)).save(own_stage1 / 'images/003.png')
+        generate(settings, tmp_path)
+
+
+def test_images_that_changed_after_packing(settings, own_stage1, tmp_path, capsys):
+    settings |= {'strategy': 'none', 'dataset': {'name': 'folder', 'root': str(own_stage1 / 'images')}}
+    folder = generate(settings, tmp_path)
+    generate(settings, tmp_path)
+    assert 'is complete' in capsys.readouterr().out
+    swap(own_stage1 / 'images', '003.png', '010b.png')
+    for changes in ({}, {'verify': True}):
+        with pytest.raises(Fail, match=f'{folder}: was made from other images: image 3 of 23 is 004.png now'):
+            generate(settings, tmp_path, **changes)
+
+
+def test_the_sidecar_names_the_classes_and_the_log_what_is_not_used(settings, stage1, tmp_path, capsys):
+    for name in ('dog', 'cat', 'empty'):
+        (tmp_path / 'tree' / name).mkdir(parents=True)
+        if name != 'empty':
+            shutil.copy(stage1 / 'images/000.png', tmp_path / 'tree' / name)
+    folder = generate(settings, tmp_path, strategy='none', dataset={'name': 'folder', 'root': str(tmp_path / 'tree')})
+    assert open_beton(folder / 'pairs.beton')['settings']['classes'] == ['cat', 'dog']
+    assert 'folders without images, which are no classes: empty' in capsys.readouterr().out
 
 
 def test_the_images_may_move(settings, stage1, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """sources.py: folders and datasets by name; transfer sets' official splits from trees in the layout of each set."""
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -15,7 +16,8 @@ sys.path.insert(0, str(ROOT))
 
 from common import Fail  # noqa: E402
 from conftest import picture  # noqa: E402
-from sources import HOMES, source_dataset  # noqa: E402
+from chunks import ForeignViews  # noqa: E402
+from sources import HOMES, Source, same_images, source_dataset  # noqa: E402
 
 
 @pytest.fixture
@@ -37,6 +39,132 @@ def test_image_folder(folder):
     test = source_dataset({'name': 'folder', 'root': folder, 'split': 'test'})
     assert (np.asarray(test[0][0]) == picture(20)).all()
     assert [label for _, label in source] == source.labels.tolist()
+
+
+def test_hidden_system_and_empty_folders_are_no_classes(folder):
+    plain = source_dataset({'name': 'folder', 'root': folder})
+    for name in ('.ipynb_checkpoints', '__MACOSX', 'empty', 'cat/.ipynb_checkpoints'):
+        (folder / 'train' / name).mkdir()
+    for name in ('.ipynb_checkpoints/a.png', '__MACOSX/a.png', 'cat/.ipynb_checkpoints/0.png', 'cat/._0.png'):
+        Image.fromarray(picture(0)).save(folder / 'train' / name)
+    source = source_dataset({'name': 'folder', 'root': folder})
+    assert source.classes == ['cat', 'dog'] and source.paths == plain.paths
+    assert source.note.endswith('folders without images, which are no classes: empty; files that are not read, by '
+                                'extension: 1 .txt') and source.note.count(': empty;') == 1
+
+
+@pytest.mark.parametrize('others', [['__MACOSX'], ['annotations'], ['.git', 'docs', 'masks']])
+def test_splits_are_found_beside_other_folders(folder, others):
+    for name in others:
+        (folder / name).mkdir()
+        Image.fromarray(picture(0)).save(folder / name / 'a.png')
+    source = source_dataset({'name': 'folder', 'root': folder, 'split': 'val'})
+    assert source.classes == ['cat', 'dog'] and len(source) == 9
+    assert ('not used beside the splits' in (source.note or '')) == (others != ['__MACOSX'])
+
+
+@pytest.mark.parametrize('train, val', [('train', 'valid'), ('Train', 'Validation'), ('training', 'test')])
+def test_usual_names_of_a_split(folder, train, val):
+    (folder / 'train').rename(folder / train)
+    (folder / 'val').rename(folder / val)
+    paths = {split: source_dataset({'name': 'folder', 'root': folder, 'split': split}).home
+             for split in ('train', 'val', 'test')}
+    assert paths == {'train': folder / train, 'val': folder / val, 'test': folder / val}
+
+
+def test_a_split_that_is_not_there_is_one_line(folder):
+    for root, words in ((folder / 'train', "has no split 'test': it has no folders train, val, test. To read all"),
+                        (folder, "has no split 'test'; there is train")):
+        if root == folder:
+            shutil.rmtree(folder / 'val')
+        with pytest.raises(Fail, match=words):
+            source_dataset({'name': 'folder', 'root': root, 'split': 'test'})
+
+
+def test_pictures_of_trains(tmp_path):
+    for name in ('bus', 'train'):
+        (tmp_path / name / 'more').mkdir(parents=True)
+        Image.fromarray(picture(0)).save(tmp_path / name / 'more' / '0.png')
+    with pytest.raises(Fail, match='is train a split, or a class beside bus'):
+        source_dataset({'name': 'folder', 'root': tmp_path})
+    Image.fromarray(picture(1)).save(tmp_path / 'train' / '1.png')
+    source = source_dataset({'name': 'folder', 'root': tmp_path})
+    assert source.classes == ['bus', 'train'] and source.labels.tolist() == [0, 1, 1]
+
+
+def test_what_is_not_used_is_said(folder):
+    root = folder / 'train'
+    Image.fromarray(picture(0)).save(root / 'loose.png')
+    for name in ('dog/a.HEIC', 'dog/b.heic', 'dog/README', 'index.csv'):
+        (root / name).write_bytes(b'')
+    source = source_dataset({'name': 'folder', 'root': root})
+    assert len(source) == 9 and '1 images directly in it are not used, only those of its folders' in source.note
+    assert source.note.endswith('by extension: 1 without extension, 1 .csv, 2 .heic, 1 .txt')
+    (folder / 'other').mkdir()
+    (folder / 'other/a.heic').write_bytes(b'')
+    with pytest.raises(Fail, match='no images .* there are other files: 1 .heic'):
+        source_dataset({'name': 'folder', 'root': folder / 'other'})
+
+
+def test_links_are_followed_but_not_in_circles(folder):
+    root = folder / 'train'
+    (root / 'cat/linked').symlink_to(folder / 'val/cat')
+    (folder / 'val/cat/back').symlink_to(root / 'cat')
+    (root / 'cat/self').symlink_to(root / 'cat/self')   # leads nowhere
+    (root / 'bird').symlink_to(folder / 'val/dog')
+    source = source_dataset({'name': 'folder', 'root': root})
+    assert source.classes == ['bird', 'cat', 'dog'] and np.bincount(source.labels).tolist() == [4, 10, 4]
+    assert [source.path(i) for i in (4, 9, 13)] == ['cat/0.png', 'cat/linked/0.png', 'cat/linked/4.png']
+    assert (np.asarray(source[9][0]) == picture(20)).all()
+    views = ForeignViews(source, root, 40)              # a tree of views is walked in the same way
+    assert all(views.files) and not views.left
+
+
+def test_identity_tells_changed_images(folder):
+    spec = {'name': 'folder', 'root': str(folder)}
+    source = source_dataset(spec)
+    known, every = source.identities(np.arange(9)), np.arange(9)
+    assert len(set(known.tolist())) == 9 and known.dtype == np.uint32
+    shutil.copytree(folder, folder / 'moved/data')
+    moved = source_dataset({**spec, 'root': folder / 'moved/data'})
+    same_images(moved, every, known, 'file', 'remedy')
+    (folder / 'train/cat/2.png').unlink()               # one removed, one added: as many as before
+    Image.fromarray(picture(3)).save(folder / 'train/dog/9.png')
+    changed = source_dataset(spec)
+    with pytest.raises(Fail, match=r'file: was made from other images: image 2 of 9 is cat/3.png now.* or remedy'):
+        same_images(changed, every, known, 'file', 'remedy')
+    same_images(changed, every[:2], known, 'file', 'remedy')
+    (folder / 'train/dog/9.png').unlink()
+    (folder / 'train/cat/2.png').write_bytes((folder / 'moved/data/train/cat/2.png').read_bytes())
+    with pytest.raises(Fail, match='image 4 of 9 is dog/0.png now, one of 8'):
+        same_images(source_dataset({**spec, 'subset': 8}), every, known, 'file', 'remedy')
+    with pytest.raises(Fail, match='image 7 of 7 is dog/2.png now, one of 9'):
+        same_images(source_dataset(spec), every, known[:7], 'file', 'remedy')
+    with pytest.raises(Fail, match='image 9 of 10 is gone, one of 9'):
+        same_images(source_dataset(spec), every, np.append(known, 1), 'file', 'remedy')
+    same_images(source_dataset(spec), every, known, 'file', 'remedy')
+    with open(folder / 'train/cat/4.png', 'ab') as file:
+        file.write(b'x')
+    with pytest.raises(Fail, match='image 4 of 9 is cat/4.png now'):
+        same_images(source_dataset(spec), every, known, 'file', 'remedy')
+
+
+def test_identity_of_images_in_memory():
+    pixels = [picture(i) for i in range(4)]
+    source = Source('CIFAR10', pixels.__getitem__, [0, 1, 0, 1], ['a', 'b'])
+    known = source.identities(np.arange(4))
+    same_images(source, np.arange(4), known, 'file', 'remedy')
+    pixels[2] = picture(9)
+    with pytest.raises(Fail, match='image 2 of 4 is another one now'):
+        same_images(source, np.arange(4), known, 'file', 'remedy')
+
+
+def test_a_set_without_split_has_no_test_images(tmp_path):
+    put(tmp_path / 'eurosat/2750', 'River/1.jpg', 'Forest/1.jpg')
+    assert source_dataset({'name': 'EuroSAT', 'root': tmp_path}).classes == ['Forest', 'River']
+    for split in ('test', 'val'):
+        with pytest.raises(Fail, match=f"EuroSAT has no official split, so no '{split}': .*name: folder"):
+            source_dataset({'name': 'EuroSAT', 'root': tmp_path, 'split': split})
 
 
 def test_flat_folder(folder):
