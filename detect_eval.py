@@ -356,7 +356,7 @@ def main(config):
         raise Fail(f"dataset.train: no image of {dataset['train']} has an object to learn")
     empty, train = len(train.imgs) - len(train_images), None
     identity = {**config, 'images': [len(train_images), len(test_images)], 'backbone_sha256': digest(backbone)}
-    saved = earlier(checkpoint, identity, BOOKKEEPING)
+    saved = earlier(checkpoint, identity, BOOKKEEPING, needs=('model', 'optimizer', 'scaler', 'iteration'))
     if answered(results, identity, BOOKKEEPING, processes):
         return
 

@@ -40,7 +40,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import Compose, PILToTensor
 from tqdm import tqdm
 
-from common import Fail, Log, Processes, StopSignal, atomic, changed_keys, precision_dtype, run, shard
+from common import (Fail, Log, Processes, StopSignal, atomic, changed_keys, load_arrays, precision_dtype, run, shard,
+                    unreadable)
 from pictures import grid, histograms, overlay
 from sources import source_dataset
 
@@ -97,11 +98,11 @@ def first_component(count, total, outer):
 def published_component(path, width):
     """Component from a .npy of shape (K,) or (K, 1), scaled to length 1. Returns (K,) float64."""
     try:
-        pc = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise Fail(f'pca: {path}: cannot be read as .npy: {getattr(error, "strerror", None) or error}') from None
-    if not isinstance(pc, np.ndarray) or pc.ndim not in (1, 2) or pc.shape[1:] not in ((), (1,)):
-        raise Fail(f'pca: {path}: must be one .npy array of shape (K,) or (K, 1), not {getattr(pc, "shape", type(pc))}')
+        pc = load_arrays(path)
+    except Fail as error:
+        raise Fail(f'pca: {error}') from None
+    if pc.ndim not in (1, 2) or pc.shape[1:] not in ((), (1,)):
+        raise Fail(f'pca: {path}: must be one .npy array of shape (K,) or (K, 1), not {pc.shape}')
     if len(pc) != width:
         raise Fail(f'pca: {path}: has {len(pc)} entries, but the tokens of this encoder have {width}: '
                    'it belongs to another encoder')
@@ -242,18 +243,14 @@ class Sweep:
         bar.close()
 
 
-def load_parts(files):
-    """The arrays of the chunks, one dict after another, in order."""
+def load_parts(files, *keys):
+    """The arrays of the chunks, one dict with `keys` after another, in order."""
     for file in files:
         for _ in range(90):  # seconds: how long a network file system may hide what another node has written
             if file.is_file():
                 break
             time.sleep(1)
-        try:
-            with np.load(file, allow_pickle=False) as part:
-                yield dict(part)
-        except (OSError, ValueError, EOFError):
-            raise Fail(f'{file}: is missing or damaged; delete it and start the same command again') from None
+        yield load_arrays(file, 'delete it and start the same command again', keys)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -300,7 +297,14 @@ def main(config):
     check(config)
     folder = Path(config['output'])
     if (folder / 'config.yaml').is_file():
-        changed = changed_keys(yaml.safe_load((folder / 'config.yaml').read_text()) or {}, config, FREE)
+        try:
+            old = yaml.safe_load((folder / 'config.yaml').read_text())
+            if not isinstance(old, dict) or not config.keys() <= old.keys():
+                raise ValueError('not all keys are there')
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise unreadable(folder / 'config.yaml', error, 'nothing else tells which settings the files beside it '
+                             f'were made with: delete {folder} to start again') from None
+        changed = changed_keys(old, config, FREE)
         if changed:
             raise Fail(f"{folder}: holds a run with other settings: {', '.join(changed)}; "
                        'choose another output, or delete the folder to start again')
@@ -334,9 +338,9 @@ def measure(config, folder):
     pca_count = min(config['pca_images'], len(source))
     published = published_component(config['pca'], clip.token_dim) if config['pca'] is not None else None
     if (parts / 'run.npz').is_file():
-        with np.load(parts / 'run.npz') as old:
-            if (str(old['encoder']), int(old['images'])) != (clip.fingerprint(), len(source)):
-                raise Fail(f'{folder}: was started with other weights or another number of images; delete the folder')
+        old = load_arrays(parts / 'run.npz', f'delete {folder} to start again', ('encoder', 'images'))
+        if (str(old['encoder']), int(old['images'])) != (clip.fingerprint(), len(source)):
+            raise Fail(f'{folder}: was started with other weights or another number of images; delete the folder')
     processes.barrier()
     log = Log(folder, config, processes.main)
     parts.mkdir(parents=True, exist_ok=True)
@@ -357,7 +361,7 @@ def measure(config, folder):
     files = sweep('covariance', picked, sums, torch.add, share=False)
     if not (parts / 'component.npz').is_file() and processes.main:
         count, total, outer = 0, 0, 0
-        for part in load_parts(files):
+        for part in load_parts(files, 'count', 'total', 'outer'):
             count, total, outer = count + part['count'], total + part['total'], outer + part['outer']
         if not count:
             raise Fail(f'{source.path(picked[0])}: unreadable, and so are all of the pca images')
@@ -368,7 +372,7 @@ def measure(config, folder):
         explained = pc @ covariance @ pc / np.trace(covariance)
         atomic(parts / 'component.npz', lambda path: np.savez(path, pc=pc, mean=mean, explained=explained), once=True)
     processes.barrier()
-    component, = load_parts([parts / 'component.npz'])
+    component, = load_parts([parts / 'component.npz'], 'pc', 'mean', 'explained')
     pc = torch.from_numpy(component['pc']).float().to(processes.device)
 
     def projections(tokens, embedding, readable):
@@ -378,7 +382,7 @@ def measure(config, folder):
         return torch.cat([a, b])
 
     files = sweep('projection', picked, projections, concatenate, share=False)
-    projection = np.concatenate([part['projection'] for part in load_parts(files)])
+    projection = np.concatenate([part['projection'] for part in load_parts(files, 'projection')])
     sign, line = choose_sign(projection, config['foreground_share'], config['sign'])
     projection, pc = sign * projection, sign * pc
     threshold = np.float32(np.quantile(projection, 1 - config['foreground_share']))
@@ -405,7 +409,7 @@ def measure(config, folder):
         return
     proportion = level = None
     if config['proportions']:
-        proportion = np.concatenate([part['proportion'] for part in load_parts(files)])
+        proportion = np.concatenate([part['proportion'] for part in load_parts(files, 'proportion')])
         level = noise_level(proportion)
         result.update(proportion=proportion, noise_level=level)
 
@@ -413,7 +417,7 @@ def measure(config, folder):
             with open(path, 'wb') as file:  # on a full disk writing to a memory map ends in a SIGBUS
                 np.lib.format.write_array_header_1_0(file, {'descr': '<f2', 'fortran_order': False,
                                                             'shape': (len(source), clip.embedding_dim)})
-                for part in load_parts(files):
+                for part in load_parts(files, 'embedding'):
                     file.write(part['embedding'].tobytes())
         atomic(folder / 'embeddings.npy', write_embeddings)
     draw(sweep, folder, picked, pc, projection, threshold, proportion, level)

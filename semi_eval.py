@@ -123,7 +123,7 @@ def listed(path, root, sidecar, indices):
     except (OSError, UnicodeDecodeError) as error:
         raise Fail(f'subset.file: {path}: cannot be read: {error}') from None
     position = {int(index): k for k, index in enumerate(indices)}
-    if all(name.isdigit() for name in names):
+    if all(name.isdecimal() for name in names):
         found = [position.get(int(name)) for name in names]
     else:
         spec = (sidecar['settings'] or {}).get('dataset')
@@ -236,7 +236,7 @@ def main(config):
     results_path, checkpoint = folder / 'results.json', folder / 'checkpoint.pt'
     if answered(results_path, identity, BOOKKEEPING, processes):
         return
-    saved = earlier(checkpoint, identity, BOOKKEEPING)
+    saved = earlier(checkpoint, identity, BOOKKEEPING, needs=('model', 'optimizer', 'scaler', 'step', 'random'))
 
     seed_everything(config['seed'])  # the same on all processes: they build the same classifier
     torch.set_float32_matmul_precision('high')
