@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 import detect_eval  # noqa: E402
 from checkpoints import load_backbone  # noqa: E402
 from common import Fail, Processes, StopSignal, load_config  # noqa: E402
+from conftest import held  # noqa: E402
 from models import build_backbone  # noqa: E402
 
 ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1'}
@@ -326,8 +327,8 @@ def weights(folder):
 
 def test_runs_that_were_stopped_resume_bit_exactly(workplace, tmp_path, monkeypatch, capsys):
     detect_eval.main(config_of(workplace, *SHORT, f'output={tmp_path}/reference'))
-    process = subprocess.Popen(command(workplace, *SHORT, f'output={tmp_path}/killed'), env=ENVIRONMENT,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    call = command(workplace, *SHORT, f'output={tmp_path}/killed', launcher=held('detect_eval.py', 'iteration', 6))
+    process = subprocess.Popen(call, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     begin = time.time()
     while not (tmp_path / 'killed/checkpoint.pt').is_file() and process.poll() is None and time.time() - begin < 900:
         time.sleep(0.002)

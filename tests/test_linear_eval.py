@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 import linear_eval  # noqa: E402
 from checkpoints import load_backbone  # noqa: E402
 from common import Fail, Processes, StopSignal, load_config  # noqa: E402
-from conftest import coloured_samples  # noqa: E402
+from conftest import coloured_samples, held  # noqa: E402
 from data import write_beton  # noqa: E402
 from models import build_backbone  # noqa: E402
 
@@ -215,7 +215,9 @@ def test_killed_probe_resumes_bit_exactly(workplace, tmp_path):
     for number in (signal.SIGKILL, signal.SIGTERM):
         folder = tmp_path / number.name
         call = command(workplace, *changes, f'output={folder}')
-        process = subprocess.Popen(call, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        launcher = held('linear_eval.py', 'epoch', 25) if number == signal.SIGKILL else call[:1]
+        process = subprocess.Popen([*launcher, *call[1:]], env=ENVIRONMENT, stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE, text=True)
         begin = time.time()
         while not (folder / 'linear.pt').is_file() and process.poll() is None and time.time() - begin < 900:
             time.sleep(0.002)
