@@ -336,8 +336,10 @@ def damage(path):
             return ('', again) if isinstance(json.loads(path.read_text()), (dict, list)) else ('is no JSON', again)
         except (OSError, ValueError):
             return 'is no JSON, or cut short', again
-    if not set(head) - set(range(32, 127)) - set(b'\t\r\n'):
+    if path.suffix != '.yaml' and not set(head) - set(range(32, 127)) - set(b'\t\r\n'):
         return 'is text', again
+    if path.suffix == '.safetensors' and head[8:9] != b'{':
+        return 'is not in the format of safetensors', again
     return '', again
 
 
@@ -386,13 +388,13 @@ def load_arrays(path, mend=None, keys=None, mmap_mode=None):
     try:
         found = np.load(path, mmap_mode, allow_pickle=False)
         if isinstance(found, np.ndarray) != (keys is None):
-            raise ValueError('one array' if keys else 'several arrays')
+            raise ValueError('holds one array' if keys else 'holds several arrays')
         if keys is None:
             return found
         with found:
             absent = [key for key in keys if key not in found]
             if absent:
-                raise ValueError(f"lacks {', '.join(absent)}")
+                raise ValueError(f"holds no {', '.join(absent)}")
             return dict(found)
     except Exception as error:  # of numpy, zipfile and pickle
         raise unreadable(path, error, mend) from None

@@ -40,6 +40,17 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+def damages(path):
+    """Damage the file in all the ways that happen, one after the other; yields a word of what is to be said of it."""
+    whole = path.read_bytes()
+    for word, content in (('is empty', b''), ('', whole[:len(whole) // 2]), ('is a web page', b'<!DOCTYPE html>\n'),
+                          ('begins with zeros', bytes(len(whole))), ('is a Git LFS pointer', b'version https://git-lfs.'),
+                          ('', b'noise\n\xff\0' * 9)):
+        path.write_bytes(content)
+        yield word
+    path.write_bytes(whole)
+
+
 def held(stage, key, last):
     """Launcher of a stage that waits, once a checkpoint whose `key` is `last` is written, for the signal to come: on a
     busy machine it would otherwise have finished before."""
