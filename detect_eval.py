@@ -356,7 +356,7 @@ def detect(model, images, categories, config, processes, dtype, stop):
             for detection, mask in zip(detections[-len(labels):], masks):
                 detection['segmentation'] = {**mask, 'counts': mask['counts'].decode()}
         if stop:
-            sys.exit(stop.exit_code)  # the checkpoint is that of the last iteration
+            break
     return detections
 
 
@@ -482,6 +482,8 @@ def main(config):
         sys.exit(stop.exit_code)
 
     parts = [detect(model, test_images, categories, config, processes, dtype, stop)]
+    if processes.any(stop):  # all of them leave, and none waits for the detections of one that has left
+        stop.leave(log, 'left while the test images were looked at; the same command looks at them again')
     if dist.is_initialized():
         mine, parts = parts[0], [None] * world if processes.main else None
         dist.gather_object(mine, parts)

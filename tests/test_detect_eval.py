@@ -478,7 +478,8 @@ def test_wrong_annotations(workplace, tmp_path):
         assert '\n' not in str(error.value) and 'drawn' in str(error.value) and not (tmp_path / 'out').exists()
 
 
-@pytest.mark.parametrize('ids', [range(0, 999), [7] * 999, [None] * 999, ['a', 0] * 500], ids=str)
+@pytest.mark.parametrize('ids', [range(0, 999), [7] * 999, [None] * 999, ['a', 0] * 500], ids=[
+    'counted from 0', 'all equal', 'missing', 'mixed'])
 @pytest.mark.parametrize('named', [int, str, lambda number: number - 1000], ids=['', 'text', 'from 0'])
 def test_a_perfect_detector_is_perfect_whatever_the_ids(workplace, tmp_path, ids, named):
     """pycocotools takes an annotation's id 0 for 'not matched', and keeps the last of those that share one."""

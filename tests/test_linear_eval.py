@@ -16,8 +16,8 @@ sys.path.insert(0, str(ROOT))
 
 import linear_eval  # noqa: E402
 from checkpoints import load_backbone  # noqa: E402
-from common import Fail, Processes, StopSignal, load_config  # noqa: E402
-from conftest import coloured_samples, held  # noqa: E402
+from common import Fail, Processes, StopSignal, load_checkpoint, load_config  # noqa: E402
+from conftest import coloured_samples, damages, held  # noqa: E402
 from data import write_beton  # noqa: E402
 from models import build_backbone  # noqa: E402
 
@@ -194,6 +194,15 @@ def test_finished_results_are_shown_and_new_questions_asked(workplace, tmp_path,
     assert (tmp_path / 'results.json').stat().st_mtime_ns == written
     linear_eval.main(config_of(workplace, f'output={tmp_path}', 'knn.k=3'))
     assert (tmp_path / 'results.json').stat().st_mtime_ns != written and results(tmp_path)['config']['knn']['k'] == 3
+
+
+def test_damaged_kept_features_are_computed_again(workplace, tmp_path):
+    linear_eval.main(config_of(workplace, f'output={tmp_path}', 'keep_features=true'))
+    expected, path = results(tmp_path)['linear'], tmp_path / 'test_features.pt'
+    for _ in damages(path):
+        (tmp_path / 'results.json').unlink()
+        linear_eval.main(config_of(workplace, f'output={tmp_path}', 'keep_features=true'))
+        assert results(tmp_path)['linear'] == expected and len(load_checkpoint(path)['labels']) == 31
 
 
 def test_two_processes_find_the_same(workplace, tmp_path):
