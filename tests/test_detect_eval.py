@@ -353,6 +353,18 @@ def test_runs_that_were_stopped_resume_bit_exactly(workplace, tmp_path, monkeypa
         assert read(folder)[0]['box'] == read(tmp_path / 'reference')[0]['box']
 
 
+def test_a_signal_while_detections_are_made(workplace, tmp_path, monkeypatch, capsys):
+    detect, changes = detect_eval.detect, (*SHORT, 'iterations=1', f'output={tmp_path}')
+    monkeypatch.setattr(detect_eval, 'detect', lambda *args: (os.kill(os.getpid(), signal.SIGTERM), detect(*args))[1])
+    with pytest.raises(SystemExit) as left:
+        detect_eval.main(config_of(workplace, *changes))
+    assert left.value.code == StopSignal.exit_code and not (tmp_path / 'results.json').exists()
+    assert 'SIGTERM: left while the test images were looked at' in capsys.readouterr().out
+    monkeypatch.undo()
+    detect_eval.main(config_of(workplace, *changes))
+    assert read(tmp_path)[1][-1]['step'] == 1
+
+
 def test_two_processes(workplace, trained, tmp_path):
     """Three iterations, then 11 images between two: every one once, and all is as with the same weights in one
     process, which has nothing left to train."""
