@@ -16,8 +16,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from common import Fail
+from common import Fail, unreadable
 from sources import is_image, rgb, shrink, walk
+
+MEND = 'delete it, and the same command makes it again'
 
 
 def view_names(views, kind):
@@ -107,13 +109,17 @@ class StoredViews:
                 path = self.folder / f'{number:06d}.tar'
                 try:
                     files = read_chunk(path)
-                except (OSError, tarfile.TarError) as error:
-                    reason = ' '.join(str(error).split())  # tarfile's has a line for each kind of compression
-                    raise Fail(f'{path}: cannot be read ({reason}); delete it, and the same command makes it again'
-                               ) from None
+                except Exception as error:               # a damaged header can be anything
+                    raise unreadable(path, error, MEND) from None
                 self.chunks = {**dict(list(self.chunks.items())[-1:]), number: files}  # neighbours ask in turn
             files = self.chunks[number]
-        return [np.asarray(Image.open(io.BytesIO(files[n])).convert('RGB')) for n in self.names(i) if n in files]
+        path, missing = self.folder / f'{number:06d}.tar', [n for n in self.names(i) if n not in files]
+        try:
+            if missing and 'error' not in json.loads(files.get(f'{i:08d}.json', '{}')):
+                raise ValueError(f'it ends before {missing[0]}')  # tarfile takes a cut header for the end
+            return [np.asarray(Image.open(io.BytesIO(files[n])).convert('RGB')) for n in self.names(i) if n in files]
+        except Exception as error:                       # PIL raises a dozen types for a damaged file
+            raise unreadable(path, error, MEND) from None
 
 
 class ForeignViews:

@@ -193,7 +193,8 @@ def open_beton(path, verify=True):
         try:
             text = side.read_text()
             sidecar = json.loads(text)
-            samples, size, crc, fields = (sidecar[k] for k in ('samples', 'bytes', 'crc32', 'fields'))
+            samples, size, crc, fields, *_ = (sidecar[k] for k in ('samples', 'bytes', 'crc32', 'fields', 'with_view',
+                                                                   'max_resolution', 'settings'))
             if len(crc) != -(-size // BLOCK) or samples < 1:
                 raise ValueError('checksums are missing')
         except (ValueError, KeyError, TypeError) as e:

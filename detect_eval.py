@@ -19,6 +19,7 @@ PRECISE_BN); on VOC, boxes are matched as on COCO, so that a difficult object ex
 """
 import io
 import json
+import os
 import sys
 import time
 from contextlib import redirect_stdout
@@ -44,8 +45,8 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from checkpoints import digest, load_backbone, normalization
-from common import (Fail, Log, Processes, StopSignal, answered, earlier, precision_dtype, run, save_checkpoint,
-                    save_json, seed_everything)
+from common import (Fail, Log, Processes, StopSignal, answered, damage, earlier, precision_dtype, run,
+                    save_checkpoint, save_json, seed_everything)
 from models import BLOCKS, average_running_statistics, distributed, global_mean, synchronize_batch_norm
 from pictures import curves
 
@@ -119,10 +120,15 @@ def read_coco(root, split):
     path = root / f'annotations/instances_{split}.json'
     try:
         content = json.loads(path.read_text())
-        return path, root / split, {key: list(content[key]) for key in ('images', 'annotations', 'categories')}
+        content = {key: content[key] for key in ('images', 'annotations', 'categories')}
+        for key, entries in content.items():
+            if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+                raise ValueError(f'{key} is not a list of objects')
+        return path, root / split, content
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Fail(f'{path}: {getattr(error, "strerror", None) or f"not in the format of COCO ({error!r})"}; COCO is '
-                   'at https://cocodataset.org/#download; in dataset.root stand this file and SPLIT/') from None
+        reason = getattr(error, 'strerror', None) or damage(path)[0] or f'not in the format of COCO ({error!r})'
+        raise Fail(f'{path}: {reason}; COCO is at https://cocodataset.org/#download; in dataset.root stand this file '
+                   'and SPLIT/') from None
 
 
 def read_voc(root, split):
@@ -149,22 +155,66 @@ def read_voc(root, split):
     return root / split, Path(), {'images': images, 'annotations': things, 'categories': categories}
 
 
+def numbers(values, least=1):
+    return isinstance(values, list) and len(values) >= least and all(
+        type(v) in (int, float) and abs(v) < 1e9 for v in values)  # NaN is not
+
+
+def wrong_with(thing, size, masks):
+    """What is wrong with an annotation, in words; '' where nothing is. size: [height, width] of its image."""
+    box, shape, area = (thing.get(key) for key in ('bbox', 'segmentation', 'area'))
+    if not numbers(box, 4) or len(box) > 4 or min(box[2:]) < 0:  # (COCO has boxes of height 0; nothing learns them)
+        return f'lacks bbox [x, y, width, height] (has {box!r:.60})'
+    if area is not None and (type(area) not in (int, float) or not area >= 0):
+        return f'has area {area!r:.60}, not a number'
+    if thing.get('iscrowd') not in (None, 0, 1):
+        return f'has iscrowd {thing["iscrowd"]!r:.60}, not 0 or 1'
+    if not masks:
+        return ''
+    if isinstance(shape, dict):  # run lengths, as numbers or compressed
+        counts = shape.get('counts')
+        good = shape.get('size') == size and (isinstance(counts, str) and counts.isascii() and counts or
+                                              numbers(counts) and min(counts) >= 0 and sum(counts) == size[0] * size[1])
+    else:
+        good = isinstance(shape, list) and shape and all(numbers(part, 6) and len(part) % 2 == 0 for part in shape)
+    return '' if good else (
+        'lacks bbox or segmentation, which detector=faster_rcnn_fpn does not need: polygons [[x, y, x, y, x, y, ...], '
+        f'...] or run lengths {{size: [height, width], counts}} of its image, {size} (has {shape!r:.60})')
+
+
 def annotations(dataset, split, masks):
     """pycocotools' index of a split, checked and completed, and the folder of its images."""
     path, folder, content = (read_voc if dataset['name'] == 'voc' else read_coco)(Path(dataset['root']), split)
+    known = {'images': {}, 'categories': {}}
+    for key, found in known.items():
+        for entry in content[key]:
+            number = entry.get('id')
+            if type(number) not in (int, str):
+                raise Fail(f'{path}: {key}: {entry!r:.200} lacks id, a whole number or text')
+            if number in found:
+                raise Fail(f'{path}: {key}: id {number} stands twice')
+            found[number] = entry
+        if len(set(map(type, found))) > 1:
+            raise Fail(f'{path}: {key}: some ids are numbers and some are text')
     for image in content['images']:
-        if not {'id', 'file_name', 'width', 'height'} <= set(image):
-            raise Fail(f'{path}: image {image} lacks id, file_name, width or height')
-    images, categories = ({entry['id'] for entry in content[key]} for key in ('images', 'categories'))
-    for a in content['annotations']:
-        for key, known in (('category_id', categories), ('image_id', images)):
-            if a.get(key) not in known:
-                raise Fail(f"{path}: annotation {a.get('id')} has {key} {a.get(key)}, which the file does not list")
-        if len(a.get('bbox', ())) != 4 or masks and not a.get('segmentation'):
-            raise Fail(f"{path}: annotation {a['id']} lacks bbox [x, y, width, height]"
-                       + ' or segmentation, which detector=faster_rcnn_fpn does not need' * masks)
-        a.setdefault('iscrowd', 0)
-        a.setdefault('area', a['bbox'][2] * a['bbox'][3])
+        if not image.get('file_name') or not isinstance(image['file_name'], str) or \
+                not numbers([image.get('width'), image.get('height')]) or \
+                any(image[side] < 1 or image[side] % 1 for side in ('width', 'height')):
+            raise Fail(f'{path}: image {image!r:.200} lacks file_name, width or height (in whole pixels)')
+        image.update(width=int(image['width']), height=int(image['height']))
+    for place, a in enumerate(content['annotations'], 1):
+        name = f"annotation {a['id'] if 'id' in a else f'number {place}, without id,'}"
+        for key, entries in (('category_id', known['categories']), ('image_id', known['images'])):
+            if type(a.get(key)) not in (int, str) or a[key] not in entries:
+                raise Fail(f'{path}: {name} has {key} {a.get(key)!r:.60}, which the file does not list')
+        image = known['images'][a['image_id']]
+        wrong = wrong_with(a, [image['height'], image['width']], masks)
+        if wrong:
+            raise Fail(f"{path}: {name} of image {image['id']} ({image['file_name']}) {wrong}")
+        a['iscrowd'] = int(a.get('iscrowd') or 0)
+        a['area'] = a['bbox'][2] * a['bbox'][3] if a.get('area') is None else a['area']
+        a['id'] = place  # to pycocotools 0 means that nothing was matched, and of a repeated id it keeps one
+    images = known['images']
     if not content['annotations']:
         raise Fail(f'{path}: none of its {len(images)} images has an annotation')
     index = COCO()
@@ -183,6 +233,7 @@ class Images(Dataset):
 
     def __init__(self, index, folder, labels, masks, seed=None):
         self.seed, self.flip, records = seed, v2.Compose([v2.RandomHorizontalFlip(0.5), v2.ToPureTensor()]), []
+        missing, listed = [], lru_cache(None)(lambda path: set(os.listdir(path) if os.path.isdir(path) else ()))
         for number, image in sorted(index.imgs.items()):
             found, (height, width) = [], (image['height'], image['width'])
             for a in index.imgToAnns[number] if seed is not None else ():
@@ -192,7 +243,10 @@ class Images(Dataset):
                     found.append((box, labels[a['category_id']], index.annToRLE(a) if masks else None))
             if found or seed is None:
                 record = number, str(folder / image['file_name']), (height, width), found
+                missing += [record[1]] * (os.path.basename(record[1]) not in listed(os.path.dirname(record[1])))
                 records.append(json.dumps(record, default=bytes.decode).encode())  # (of masks: compressed, in ASCII)
+        if missing:
+            raise Fail(f'{missing[0]}: no such image; so with {len(missing)} of the {len(records)} that are needed')
         self.ends, self.content = np.cumsum([0, *map(len, records)]), np.frombuffer(b''.join(records), np.uint8)
 
     def __len__(self):
@@ -302,7 +356,7 @@ def detect(model, images, categories, config, processes, dtype, stop):
             for detection, mask in zip(detections[-len(labels):], masks):
                 detection['segmentation'] = {**mask, 'counts': mask['counts'].decode()}
         if stop:
-            sys.exit(stop.exit_code)  # the checkpoint is that of the last iteration
+            break
     return detections
 
 
@@ -356,7 +410,7 @@ def main(config):
         raise Fail(f"dataset.train: no image of {dataset['train']} has an object to learn")
     empty, train = len(train.imgs) - len(train_images), None
     identity = {**config, 'images': [len(train_images), len(test_images)], 'backbone_sha256': digest(backbone)}
-    saved = earlier(checkpoint, identity, BOOKKEEPING)
+    saved = earlier(checkpoint, identity, BOOKKEEPING, needs=('model', 'optimizer', 'scaler', 'iteration'))
     if answered(results, identity, BOOKKEEPING, processes):
         return
 
@@ -428,6 +482,8 @@ def main(config):
         sys.exit(stop.exit_code)
 
     parts = [detect(model, test_images, categories, config, processes, dtype, stop)]
+    if processes.any(stop):  # all of them leave, and none waits for the detections of one that has left
+        stop.leave(log, 'left while the test images were looked at; the same command looks at them again')
     if dist.is_initialized():
         mine, parts = parts[0], [None] * world if processes.main else None
         dist.gather_object(mine, parts)

@@ -41,7 +41,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import Compose, PILToTensor
 from tqdm import tqdm
 
-from common import Fail, Log, Processes, StopSignal, atomic, changed_keys, precision_dtype, run, shard
+from common import (Fail, Log, Processes, StopSignal, atomic, changed_keys, load_arrays, precision_dtype, run, shard,
+                    unreadable)
 from pictures import grid, histograms, overlay
 from sources import same_images, source_dataset
 
@@ -98,11 +99,11 @@ def first_component(count, total, outer):
 def published_component(path, width):
     """Component from a .npy of shape (K,) or (K, 1), scaled to length 1. Returns (K,) float64."""
     try:
-        pc = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise Fail(f'pca: {path}: cannot be read as .npy: {getattr(error, "strerror", None) or error}') from None
-    if not isinstance(pc, np.ndarray) or pc.ndim not in (1, 2) or pc.shape[1:] not in ((), (1,)):
-        raise Fail(f'pca: {path}: must be one .npy array of shape (K,) or (K, 1), not {getattr(pc, "shape", type(pc))}')
+        pc = load_arrays(path)
+    except Fail as error:
+        raise Fail(f'pca: {error}') from None
+    if pc.ndim not in (1, 2) or pc.shape[1:] not in ((), (1,)):
+        raise Fail(f'pca: {path}: must be one .npy array of shape (K,) or (K, 1), not {pc.shape}')
     if len(pc) != width:
         raise Fail(f'pca: {path}: has {len(pc)} entries, but the tokens of this encoder have {width}: '
                    'it belongs to another encoder')
@@ -198,7 +199,7 @@ class Sweep:
         """Make those of chunks, (file, indices), that are not there."""
         size, source = self.config['batch_size'], self.images.source
         for file, chunk in chunks if name == 'proportion' else ():
-            for part in load_parts([file]) if file.is_file() else ():
+            for part in load_parts([file], 'identity') if file.is_file() else ():
                 same_images(source, chunk, part['identity'], file, 'delete the run folder to start again')
         batches = [(file, chunk[start:start + size], start + size >= len(chunk)) for file, chunk in chunks
                    if not file.is_file() for start in range(0, len(chunk), size)]
@@ -246,18 +247,14 @@ class Sweep:
         bar.close()
 
 
-def load_parts(files):
-    """The arrays of the chunks, one dict after another, in order."""
+def load_parts(files, *keys):
+    """The arrays of the chunks, one dict with `keys` after another, in order."""
     for file in files:
         for _ in range(90):  # seconds: how long a network file system may hide what another node has written
             if file.is_file():
                 break
             time.sleep(1)
-        try:
-            with np.load(file, allow_pickle=False) as part:
-                yield dict(part)
-        except (OSError, ValueError, EOFError):
-            raise Fail(f'{file}: is missing or damaged; delete it and start the same command again') from None
+        yield load_arrays(file, 'delete it and start the same command again', keys)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -304,7 +301,14 @@ def main(config):
     check(config)
     folder = Path(config['output'])
     if (folder / 'config.yaml').is_file():
-        changed = changed_keys(yaml.safe_load((folder / 'config.yaml').read_text()) or {}, config, FREE)
+        try:
+            old = yaml.safe_load((folder / 'config.yaml').read_text())
+            if not isinstance(old, dict) or not config.keys() <= old.keys():
+                raise ValueError('not all keys are there')
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise unreadable(folder / 'config.yaml', error, 'nothing else tells which settings the files beside it '
+                             f'were made with: delete {folder} to start again') from None
+        changed = changed_keys(old, config, FREE)
         if changed:
             raise Fail(f"{folder}: holds a run with other settings: {', '.join(changed)}; "
                        'choose another output, or delete the folder to start again')
@@ -316,11 +320,10 @@ def main(config):
             if not finished.is_file():  # otherwise another task was faster and has removed what this one was reading
                 raise
     elif os.environ.get('RANK', '0') == '0':
-        with np.load(finished) as result:
-            if 'identity' in result:  # of an earlier version it is not there
-                source = source_dataset({**config['dataset'], 'download': False})
-                same_images(source, np.arange(len(source)), result['identity'], finished,
-                            'delete the folder to start again')
+        known = load_arrays(finished, f'delete {folder} to start again', keys=()).get('identity')
+        if known is not None:  # as in an earlier version, and with proportions=false
+            source = source_dataset({**config['dataset'], 'download': False})
+            same_images(source, np.arange(len(source)), known, finished, 'delete the folder to start again')
         print(f'{folder}: this run is finished; delete the folder to start again')
     if finished.is_file() and os.environ.get('RANK', '0') == '0':
         for leftover in folder.glob('.*.tmp*'):  # of killed processes
@@ -343,9 +346,9 @@ def measure(config, folder):
     pca_count = min(config['pca_images'], len(source))
     published = published_component(config['pca'], clip.token_dim) if config['pca'] is not None else None
     if (parts / 'run.npz').is_file():
-        with np.load(parts / 'run.npz') as old:
-            if (str(old['encoder']), int(old['images'])) != (clip.fingerprint(), len(source)):
-                raise Fail(f'{folder}: was started with other weights or another number of images; delete the folder')
+        old = load_arrays(parts / 'run.npz', f'delete {folder} to start again', ('encoder', 'images'))
+        if (str(old['encoder']), int(old['images'])) != (clip.fingerprint(), len(source)):
+            raise Fail(f'{folder}: was started with other weights or another number of images; delete the folder')
     processes.barrier()
     log = Log(folder, config, processes.main)
     parts.mkdir(parents=True, exist_ok=True)
@@ -367,7 +370,7 @@ def measure(config, folder):
     files = sweep('covariance', picked, sums, torch.add, share=False)
     if not (parts / 'component.npz').is_file() and processes.main:
         count, total, outer = 0, 0, 0
-        for part in load_parts(files):
+        for part in load_parts(files, 'count', 'total', 'outer'):
             count, total, outer = count + part['count'], total + part['total'], outer + part['outer']
         if not count:
             raise Fail(f'{source.path(picked[0])}: unreadable, and so are all of the pca images')
@@ -378,7 +381,7 @@ def measure(config, folder):
         explained = pc @ covariance @ pc / np.trace(covariance)
         atomic(parts / 'component.npz', lambda path: np.savez(path, pc=pc, mean=mean, explained=explained), once=True)
     processes.barrier()
-    component, = load_parts([parts / 'component.npz'])
+    component, = load_parts([parts / 'component.npz'], 'pc', 'mean', 'explained')
     pc = torch.from_numpy(component['pc']).float().to(processes.device)
 
     def projections(tokens, embedding, readable, identity):
@@ -388,7 +391,7 @@ def measure(config, folder):
         return torch.cat([a, b])
 
     files = sweep('projection', picked, projections, concatenate, share=False)
-    projection = np.concatenate([part['projection'] for part in load_parts(files)])
+    projection = np.concatenate([part['projection'] for part in load_parts(files, 'projection')])
     sign, line = choose_sign(projection, config['foreground_share'], config['sign'])
     projection, pc = sign * projection, sign * pc
     threshold = np.float32(np.quantile(projection, 1 - config['foreground_share']))
@@ -415,7 +418,7 @@ def measure(config, folder):
         return
     proportion = level = None
     if config['proportions']:
-        proportion, identity = (np.concatenate([part[key] for part in load_parts(files)])
+        proportion, identity = (np.concatenate([part[key] for part in load_parts(files, key)])
                                 for key in ('proportion', 'identity'))
         level = noise_level(proportion)
         same_images(source, np.arange(len(source)), identity, folder, 'delete it to start again')
@@ -425,7 +428,7 @@ def measure(config, folder):
             with open(path, 'wb') as file:  # on a full disk writing to a memory map ends in a SIGBUS
                 np.lib.format.write_array_header_1_0(file, {'descr': '<f2', 'fortran_order': False,
                                                             'shape': (len(source), clip.embedding_dim)})
-                for part in load_parts(files):
+                for part in load_parts(files, 'embedding'):
                     file.write(part['embedding'].tobytes())
         atomic(folder / 'embeddings.npy', write_embeddings)
     draw(sweep, folder, picked, pc, projection, threshold, proportion, level)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common import Fail
+from common import Fail, damage, load_arrays, unreadable
 from loss import pair_quality, quality_weights
 from models import normalize
 
@@ -40,6 +40,10 @@ class FrozenClip:
             if re.search('connect|resolve|offline|timed out|Max retries|LocalEntryNotFound', reason, re.IGNORECASE):
                 raise Fail(f'clip.model: {where}: the hub cannot be reached; download the weights on a machine that '
                            'can, and name the file in clip.pretrained or the folder in clip.model') from None
+            folder = Path(name.removeprefix('local-dir:'))
+            for file in [Path(pretrained)] if pretrained else sorted(folder.glob('open_clip_*')):
+                if file.is_file() and damage(file)[0]:
+                    raise Fail(f'clip.model: {unreadable(file, error)}') from None
             raise Fail(f'clip.model: {where} cannot be loaded: {type(error).__name__}: {reason[:160]}') from None
         finally:
             logging.disable(logging.NOTSET)
@@ -131,12 +135,14 @@ class Quality:
         path = Path(config['pc'] or '')
         if not path.is_file():
             raise Fail(f"quality.pc: {config['pc']}: no such file; fg_proportion.py writes it as fg_proportion.npz")
+        whole = path.suffix == '.npz'
         try:
-            loaded = np.load(path)
-            pc = np.asarray(loaded['pc'] if path.suffix == '.npz' else loaded, np.float32).reshape(-1)
-            encoder = str(loaded['encoder']) if path.suffix == '.npz' and 'encoder' in loaded else None
-        except (KeyError, ValueError, OSError) as error:
-            raise Fail(f'quality.pc: {path}: no principal component in it ({error})') from None
+            loaded = load_arrays(path, 'run fg_proportion.py with this encoder again', ('pc',) if whole else None)
+            pc = np.asarray(loaded['pc'] if whole else loaded, np.float32).reshape(-1)
+            encoder = str(loaded['encoder']) if whole and 'encoder' in loaded else None
+        except (Fail, TypeError, ValueError) as error:
+            raise Fail(f'quality.pc: {error}' if isinstance(error, Fail) else
+                       f'quality.pc: {path}: no principal component in it ({error})') from None
         self.clip, self.temperature = FrozenClip(config['clip'], device), config['temperature']
         if len(pc) != self.clip.token_dim:
             raise Fail(f"quality.pc: {path} has width {len(pc)}, tokens of {config['clip']['model']} have "

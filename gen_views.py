@@ -34,7 +34,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from chunks import ForeignViews, StoredViews, bad, chunk_defects, encode_view, view_names, write_chunk
-from common import Fail, Log, Processes, StopSignal, atomic, changed_keys, run, save_json, shard
+from common import (Fail, Log, Processes, StopSignal, atomic, changed_keys, load_arrays, load_json, run, save_json,
+                    shard)
 from data import BeingWritten, open_beton, write_beton
 from pictures import grid
 from sources import same_images, shrink, source_dataset
@@ -116,7 +117,7 @@ def main(config):
 
     def compare(indices):
         """With the images that stage 1 saw, and with those that were packed."""
-        packed = np.load(images) if images.is_file() else None
+        packed = load_arrays(images, 'delete it') if images.is_file() else None
         for seen, what, remedy in ((known, config['proportions'], 'run fg_proportion.py on them again'),
                                    (packed, output, 'choose another output folder')):
             if seen is not None:
@@ -215,12 +216,13 @@ def noise_levels(config, source):
     for name in ('fg_proportion.npz', 'embeddings.npy')[:1 + stored]:
         if not (folder / name).is_file():
             raise Fail(f'{folder / name}: no such file; run fg_proportion.py on this dataset first')
-    with np.load(folder / 'fg_proportion.npz') as found:
-        if 'noise_level' not in found:
-            raise Fail(f'{folder}: was made with proportions=false; run fg_proportion.py without it')
-        adaptive, known = found['noise_level'], found['identity'] if 'identity' in found else None
+    mend = f'delete {folder} and run fg_proportion.py on this dataset again'
+    found = load_arrays(folder / 'fg_proportion.npz', mend, keys=())
+    if 'noise_level' not in found:
+        raise Fail(f'{folder}: was made with proportions=false; run fg_proportion.py without it')
+    adaptive, known = found['noise_level'], found.get('identity')  # of an earlier version there is none
     if stored:
-        embeddings = np.load(folder / 'embeddings.npy', mmap_mode='r')
+        embeddings = load_arrays(folder / 'embeddings.npy', mend, mmap_mode='r')
     if known is not None and len(known) != count:
         same_images(source, np.arange(count), known, folder, 'run fg_proportion.py with the same dataset keys')
     if not len(adaptive) == len(adaptive if embeddings is None else embeddings) == count:
@@ -252,7 +254,8 @@ def same_settings(path, settings, moved, claim=False):
     other task has."""
     if claim:
         save_json(path, settings, once=True)
-    changed = path.exists() and changed_keys(json.loads(path.read_text()), settings, moved)
+    mend = 'delete it where the views beside it were made with these settings; verify=true looks whether they were'
+    changed = path.exists() and changed_keys(load_json(path, mend), settings, moved)
     if changed:
         raise Fail(f"{path.parent}: was made with other settings: {', '.join(changed)}; choose another output folder "
                    'or delete this one')

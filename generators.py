@@ -15,7 +15,7 @@ from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
-from common import Fail, precision_dtype
+from common import Fail, damage, precision_dtype, unreadable
 
 diffusers_logging.disable_progress_bar()
 diffusers_logging.set_verbosity_error()  # it remarks on every autoencoder but AutoencoderKL
@@ -88,7 +88,10 @@ class UnCLIP:
                 pipeline = _Pipeline.from_pretrained(name, dtype=self.dtype, local_files_only=folder.is_dir(), **unused)
             except Exception as error:
                 reason = (str(error).strip() or repr(error)).splitlines()[0]
-                problems.append(f'{name}: {type(error).__name__}: {reason[:150]}')
+                files = [file for part in ('', *needed) for file in sorted((folder / part).glob('*'))]
+                damaged = [unreadable(file, error) for file in files
+                           if file.suffix in ('.json', '.safetensors', '.bin') and damage(file)[0]]
+                problems.append(str(damaged[0]) if damaged else f'{name}: {type(error).__name__}: {reason[:150]}')
                 continue
             return pipeline, str(name)
         raise Fail('generator.model cannot be loaded: ' + '; '.join(problems))

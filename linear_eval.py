@@ -17,7 +17,7 @@ or shows the results; SIGTERM and SIGUSR1 leave at the next step.
 import json
 import math
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from copy import deepcopy
 from functools import partial
 from hashlib import sha256
@@ -167,7 +167,10 @@ def accuracies(classifier, features, labels, classes, batch, processes):
 
 def computed_once(path, question, compute, processes):
     """compute() -> features and labels, or those that an earlier run has kept in `path` for the same question."""
-    kept = load_checkpoint(path) if path.is_file() else {}
+    kept = None
+    with suppress(Fail):  # there is none, or a damaged one: what costs minutes to compute need not stop the run
+        kept = load_checkpoint(path)
+    kept = kept if isinstance(kept, dict) and {'features', 'labels'} <= kept.keys() else {}
     if not processes.any(kept.get('question') != question):
         return kept['features'], kept['labels']
     features, labels = compute()
@@ -220,7 +223,7 @@ def main(config):
     results_path, checkpoint = folder / 'results.json', folder / 'linear.pt'
     if answered(results_path, identity, BOOKKEEPING, processes, anew=True):
         return
-    saved = earlier(checkpoint, identity, BOOKKEEPING, anew=True)
+    saved = earlier(checkpoint, identity, BOOKKEEPING, anew=True, needs=('probes', 'optimizer', 'epoch'))
 
     stop, log, begin = StopSignal(), Log(folder, config, processes.main, config['tensorboard']), time.perf_counter()
     log.write(f"{info['text']}; {n_train} training and {n_test} test images")

@@ -59,12 +59,12 @@ def curves(path, log, left, right):
 
     Of a step that was done twice (after a kill) the last line counts."""
     values = {}
-    for text in log.read_text().splitlines():
+    for text in log.read_text(errors='replace').splitlines():
         try:
             line = json.loads(text)
         except ValueError:
             continue  # a line cut short by a kill
-        for key in {*left, *right} & set(line):
+        for key in {*left, *right} & set(line) if isinstance(line, dict) and 'step' in line else ():
             values.setdefault(key, {})[line['step']] = line[key]
     figure = Figure(figsize=(10, 3.5), layout='constrained')
     axes = figure.subplots(1, 2)

@@ -417,7 +417,8 @@ def main(config):
     settings, epochs, accumulate = (config[key] for key in ('optimizer', 'epochs', 'accumulate'))
     folder = Path(config['output'])
     checkpoint, finished = folder / 'checkpoint.pt', folder / 'backbone.pt'
-    saved = earlier(checkpoint, config, (*BOOKKEEPING, *{*BLOCKS.values()} - {BLOCKS[config['method']]}))
+    saved = earlier(checkpoint, config, (*BOOKKEEPING, *{*BLOCKS.values()} - {BLOCKS[config['method']]}),
+                    needs=('model', 'optimizer', 'scaler', 'epoch', 'step', 'random', 'beton'))
     if saved and saved['epoch'] == epochs and finished.is_file():
         if processes.main:
             print(f'{folder}: finished ({epochs} epochs): {finished}')
@@ -453,7 +454,8 @@ def main(config):
         save_backbone(folder / 'backbone_init.pt', model.backbone, config, mean, std)
     log.write(enlarged)
     introduce(log, model, loader, config, processes, dtype, steps_per_epoch, step)
-    if monitor and saved and f'"step": {step}, "knn_accuracy"' not in (folder / 'log.jsonl').read_text():
+    said = (folder / 'log.jsonl').read_text(errors='replace') if processes.main else ''
+    if monitor and saved and processes.any(processes.main and f'"step": {step}, "knn_accuracy"' not in said):
         look_at_neighbours(monitor, model, step, steps_per_epoch, config, log)  # it ended between saving and this
     losses, waited, since, last_saved, leave = [], 0.0, time.perf_counter(), step if saved else None, False
 

@@ -27,8 +27,8 @@ from torch import nn
 from tqdm import tqdm
 
 from checkpoints import backbone_of, digest
-from common import (Fail, Log, Processes, StopSignal, answered, atomic, earlier, precision_dtype, random_states,
-                    restore, run, save_checkpoint, save_json, seed_everything)
+from common import (Fail, Log, Processes, StopSignal, answered, atomic, earlier, load_arrays, precision_dtype,
+                    random_states, restore, run, save_checkpoint, save_json, seed_everything)
 from data import PairLoader
 from features import class_map, hits, labelled, percent, plain_images
 from models import average_running_statistics, distributed, global_mean, normalize, synchronize_batch_norm
@@ -124,7 +124,7 @@ def listed(path, root, sidecar, indices, beton=None):
     except (OSError, UnicodeDecodeError) as error:
         raise Fail(f'subset.file: {path}: cannot be read: {error}') from None
     position = {int(index): k for k, index in enumerate(indices)}
-    if all(name.isdigit() for name in names):
+    if all(name.isdecimal() for name in names):
         found = [position.get(int(name)) for name in names]
     else:
         spec = (sidecar['settings'] or {}).get('dataset')
@@ -135,7 +135,8 @@ def listed(path, root, sidecar, indices, beton=None):
             raise Fail(f"subset.file: {path}: {spec['name']} in {root or spec['root']} has {len(source)} images, the "
                        'beton was written from more: set subset.root')
         if beton and beton.with_name('images.npy').is_file():
-            same_images(source, indices, np.load(beton.with_name('images.npy')), beton, 'give indices in subset.file')
+            same_images(source, indices, load_arrays(beton.with_name('images.npy'), 'delete it'), beton,
+                        'give indices in subset.file')
         whole = any('/' in name for name in names)
         by_name = {source.path(i) if whole else Path(source.path(i) or '').name: k for i, k in position.items()}
         if len(by_name) < len(position):
@@ -241,7 +242,7 @@ def main(config):
     results_path, checkpoint = folder / 'results.json', folder / 'checkpoint.pt'
     if answered(results_path, identity, BOOKKEEPING, processes):
         return
-    saved = earlier(checkpoint, identity, BOOKKEEPING)
+    saved = earlier(checkpoint, identity, BOOKKEEPING, needs=('model', 'optimizer', 'scaler', 'step', 'random'))
 
     seed_everything(config['seed'])  # the same on all processes: they build the same classifier
     torch.set_float32_matmul_precision('high')

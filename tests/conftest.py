@@ -1,12 +1,15 @@
 """What several test files share: fixtures, and drawn images to import from here."""
 import json
 import signal
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+ROOT = Path(__file__).resolve().parents[1]
 FULL = dict(size=32, crop_scale=[0.2, 1.0], flip=0.5, jitter=[0.4, 0.4, 0.2, 0.1], jitter_prob=0.8, gray_prob=0.2,
             blur_prob=0.5, blur_sigma=[0.1, 2.0], solarize_prob=0.2)
 
@@ -35,6 +38,27 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def damages(path):
+    """Damage the file in all the ways that happen, one after the other; yields a word of what is to be said of it."""
+    whole = path.read_bytes()
+    for word, content in (('is empty', b''), ('', whole[:len(whole) // 2]), ('is a web page', b'<!DOCTYPE html>\n'),
+                          ('begins with zeros', bytes(len(whole))), ('is a Git LFS pointer', b'version https://git-lfs.'),
+                          ('', b'noise\n\xff\0' * 9)):
+        path.write_bytes(content)
+        yield word
+    path.write_bytes(whole)
+
+
+def held(stage, key, last):
+    """Launcher of a stage that waits, once a checkpoint whose `key` is `last` is written, for the signal to come: on a
+    busy machine it would otherwise have finished before."""
+    code = (f'import runpy, sys, time; sys.argv.pop(0); sys.path.insert(0, {str(ROOT)!r}); import common; '
+            f'save = common.save_checkpoint; common.save_checkpoint = lambda path, state: (save(path, state), '
+            f'state.get({key!r}) == {last} and time.sleep(900)); '
+            f'runpy.run_path({str(ROOT / stage)!r}, run_name="__main__")')
+    return sys.executable, '-c', code
 
 
 @pytest.fixture(autouse=True)

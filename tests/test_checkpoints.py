@@ -1,13 +1,17 @@
 """load_backbone reads what others publish to the same features, refuses what it cannot know; export."""
 import argparse
 import copy
+import gzip
 import json
 import re
+import resource
 import subprocess
 import sys
+import tarfile
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -19,7 +23,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from checkpoints import NORMALIZATIONS, export, load_backbone  # noqa: E402
-from common import Fail  # noqa: E402
+from common import (Fail, Processes, answered, atomic, earlier, load_checkpoint, save_checkpoint,  # noqa: E402
+                    save_json)
+from conftest import damages  # noqa: E402
 from models import ViT, build_backbone  # noqa: E402
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
@@ -293,9 +299,78 @@ def test_missing_unexpected_misshapen_and_competing_are_named(tmp_path, resnets)
             load_backbone(tmp_path / 'wrong.pth')
         assert 'wrong.pth' in str(error.value) and '\n' not in str(error.value)
     (tmp_path / 'noise.pth').write_bytes(b'noise')
-    for name, message in (('noise.pth', 'cannot be read'), ('none.pth', 'no such checkpoint')):
+    for name, message in (('noise.pth', 'is text'), ('none.pth', 'no such checkpoint')):
         with pytest.raises(Fail, match=message):
             load_backbone(tmp_path / name)
+
+
+def test_a_file_that_is_no_checkpoint_says_what_it_is(tmp_path, resnets):
+    state = resnets['cifar'][0].state_dict()
+    torch.save(state, tmp_path / 'whole.pth')
+    save_file(state, tmp_path / 'whole.safetensors')
+    torch_bytes, safe_bytes = ((tmp_path / f'whole.{suffix}').read_bytes() for suffix in ('pth', 'safetensors'))
+    with tarfile.open(tmp_path / 'archive.tar', 'w') as tar:
+        tar.add(tmp_path / 'whole.pth', 'whole.pth')
+    for words, suffixes, content in (
+            ('is empty; copy', 'pth safetensors', b''), ('is a web page', 'pth safetensors', b'\n<html lang="en">'),
+            ('is a Git LFS pointer, not the file itself; `git lfs pull`', 'pth safetensors',
+             b'version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n'),
+            ('is cut short', 'pth', torch_bytes[:-99_999]), ('is cut short', 'safetensors', safe_bytes[:-1]),
+            ('is cut short', 'safetensors', safe_bytes[:1000]), ('is text', 'pth safetensors', b'{"state_dict": 1}'),
+            ('in the format of safetensors; let its name end in', 'pth', safe_bytes),
+            ('is a tar archive; unpack', 'pth', (tmp_path / 'archive.tar').read_bytes()),
+            ('is compressed; unpack', 'pth', gzip.compress(torch_bytes)),
+            ('begins with zeros', 'pth safetensors', bytes(5000)), ('cannot be read as', 'pth', b'\xfe\0' * 99)):
+        for suffix in suffixes.split():
+            path = tmp_path / f'downloaded.{suffix}'
+            path.write_bytes(content)
+            with pytest.raises(Fail, match=f'downloaded.{suffix}: .*{words}') as error:
+                load_backbone(path)
+            assert '\n' not in str(error.value) and 'delete' not in str(error.value)
+        (tmp_path / 'checkpoint.pt').write_bytes(content)  # ours is not the user's only one
+        with pytest.raises(Fail, match='checkpoint.pt: .*; delete it to start again') as error:
+            earlier(tmp_path / 'checkpoint.pt', {}, ())
+        assert '\n' not in str(error.value)
+
+
+def test_what_an_earlier_run_wrote(tmp_path):
+    config, results = {'lr': 1}, tmp_path / 'results.json'
+    save_json(results, {'summary': 'good', 'config': config})
+    for damaged in damages(results):
+        with pytest.raises(Fail, match='results.json: .*; delete it to start again') as error:
+            answered(results, config, (), Processes('cpu'))
+        assert damaged in str(error.value) and '\n' not in str(error.value)
+    for content, message in ((config, 'no config in it'), ({'config': config}, r'lacks summary\); del'), ([], 'list')):
+        save_json(results, content)
+        with pytest.raises(Fail, match=f'results.json: .*{message}'):
+            answered(results, config, (), Processes('cpu'))
+    save_checkpoint(tmp_path / 'checkpoint.pt', {'config': config, 'step': 1})
+    with pytest.raises(Fail, match='lacks model'):
+        earlier(tmp_path / 'checkpoint.pt', config, (), needs=('model', 'step'))
+    assert earlier(tmp_path / 'checkpoint.pt', config, (), needs=('step',))['step'] == 1
+    save_checkpoint(tmp_path / 'checkpoint.pt', torch.ones(1))  # another stage's, or a backbone.pt under this name
+    with pytest.raises(Fail, match='is not what this stage writes there'):
+        earlier(tmp_path / 'checkpoint.pt', config, ())
+
+
+def test_equal_states_are_equal_files_and_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    state = {'model': {'w': torch.arange(9e4)}, 'step': 3}
+    for process in (1, 22):  # their numbers are in the names of temporary files
+        monkeypatch.setattr('os.getpid', lambda process=process: process)
+        save_checkpoint(tmp_path / f'{process}/x.pt', state)
+        atomic(tmp_path / f'{process}/x.npz', lambda p: np.savez(p, a=np.ones(3), b=np.zeros(2)))
+    for name in ('x.pt', 'x.npz'):
+        assert (tmp_path / '1' / name).read_bytes() == (tmp_path / '22' / name).read_bytes()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limit[1]))
+    try:
+        for write in (lambda: save_checkpoint(tmp_path / '1/x.pt', {**state, 'step': 4}),
+                      lambda: atomic(tmp_path / '1/x.npz', lambda p: np.savez(p, a=np.ones(99_999)))):
+            with pytest.raises(Fail, match='cannot be written: File too large'):
+                write()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert load_checkpoint(tmp_path / '1/x.pt')['step'] == 3 and len(list((tmp_path / '1').iterdir())) == 2
 
 
 def test_the_competing_network_that_is_meant_can_be_named(tmp_path, resnets):

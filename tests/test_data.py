@@ -112,6 +112,8 @@ FAULTS = {
     'sidecar of another beton': (edit_sidecar(bytes=1 << 24), 'truncated'),
     'sidecar counts other samples': (edit_sidecar(samples=59), '60 samples, its sidecar says 59'),
     'sidecar without checksums': (edit_sidecar(crc32=[]), 'not the sidecar'),
+    'sidecar without settings': (lambda p: Path(f'{p}.json').write_text(Path(f'{p}.json').read_text().replace(
+        '"settings"', '"setings"')), 'not the sidecar'),
     'other fields': (edit_sidecar(fields=['image', 'label']), 'its fields are'),
 }
 

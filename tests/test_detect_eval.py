@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import redirect_stdout
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 import detect_eval  # noqa: E402
 from checkpoints import load_backbone  # noqa: E402
 from common import Fail, Processes, StopSignal, load_config  # noqa: E402
+from conftest import held  # noqa: E402
 from models import build_backbone  # noqa: E402
 
 ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1'}
@@ -325,8 +327,8 @@ def weights(folder):
 
 def test_runs_that_were_stopped_resume_bit_exactly(workplace, tmp_path, monkeypatch, capsys):
     detect_eval.main(config_of(workplace, *SHORT, f'output={tmp_path}/reference'))
-    process = subprocess.Popen(command(workplace, *SHORT, f'output={tmp_path}/killed'), env=ENVIRONMENT,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    call = command(workplace, *SHORT, f'output={tmp_path}/killed', launcher=held('detect_eval.py', 'iteration', 6))
+    process = subprocess.Popen(call, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     begin = time.time()
     while not (tmp_path / 'killed/checkpoint.pt').is_file() and process.poll() is None and time.time() - begin < 900:
         time.sleep(0.002)
@@ -349,6 +351,18 @@ def test_runs_that_were_stopped_resume_bit_exactly(workplace, tmp_path, monkeypa
         for (_, a), (_, b) in zip(*(sorted(w['optimizer']['state'].items()) for w in (reference, resumed))):
             assert torch.equal(a['momentum_buffer'], b['momentum_buffer'])
         assert read(folder)[0]['box'] == read(tmp_path / 'reference')[0]['box']
+
+
+def test_a_signal_while_detections_are_made(workplace, tmp_path, monkeypatch, capsys):
+    detect, changes = detect_eval.detect, (*SHORT, 'iterations=1', f'output={tmp_path}')
+    monkeypatch.setattr(detect_eval, 'detect', lambda *args: (os.kill(os.getpid(), signal.SIGTERM), detect(*args))[1])
+    with pytest.raises(SystemExit) as left:
+        detect_eval.main(config_of(workplace, *changes))
+    assert left.value.code == StopSignal.exit_code and not (tmp_path / 'results.json').exists()
+    assert 'SIGTERM: left while the test images were looked at' in capsys.readouterr().out
+    monkeypatch.undo()
+    detect_eval.main(config_of(workplace, *changes))
+    assert read(tmp_path)[1][-1]['step'] == 1
 
 
 def test_two_processes(workplace, trained, tmp_path):
@@ -425,32 +439,90 @@ def test_impossible_settings_leave_nothing_behind(workplace, tmp_path, change, m
     assert '\n' not in str(error.value) and not (tmp_path / 'out').exists()
 
 
+def write_set(root, content, split='drawn'):
+    (root / 'annotations').mkdir(exist_ok=True)
+    text = content if isinstance(content, str) else json.dumps(content)
+    (root / f'annotations/instances_{split}.json').write_text(text)
+    return {'name': 'coco', 'root': str(root)}
+
+
 def test_wrong_annotations(workplace, tmp_path):
     good = json.loads((workplace / 'set/annotations/instances_drawn.json').read_text())
-    first = good['annotations'][0]
+    first, image, box = good['annotations'][0], good['images'][0], good['categories'][0]
 
     def changed(**fields):
         return {**good, 'annotations': [{**first, **fields}, *good['annotations'][1:]]}
-    nameless = [{k: v for k, v in good['images'][0].items() if k != 'file_name'}]
-    wrong = {'lacks id, file_name, width or height': {**good, 'images': nameless},
-             'annotation 1 has category_id 99': changed(category_id=99),
-             'annotation 1 has image_id -1': changed(image_id=-1),
-             'annotation 1 lacks bbox': changed(bbox=[1, 2, 3]),
-             'or segmentation, which detector=faster_rcnn_fpn does not need': changed(segmentation=[]),
-             'none of its 40 images has an annotation': {**good, 'annotations': []},
-             r'not in the format of COCO \(KeyError': {'images': []},
-             'no image of drawn has an object to learn': {**good, 'annotations': [{**first, 'iscrowd': 1}]},
-             'drawn and test have other categories: 3 dog, 3 roof': good}
-    (tmp_path / 'annotations').mkdir()
+
+    def pictured(**fields):
+        return {**good, 'images': [{**image, **fields}, *good['images'][1:]]}
+    of_image, rle = r'annotation 1 of image 1000 \(0.png\) ', {'size': [64, 48], 'counts': [64 * 48]}
+    needs = of_image + '.*or segmentation, which detector=faster_rcnn_fpn does not need'
+    wrong = [
+        ('lacks file_name, width or height', pictured(file_name=None)), ('lacks id', pictured(id=None)),
+        ('lacks file_name, width or height', pictured(width='64')), ('lacks file_name', pictured(height=64.5)),
+        ('lacks file_name', pictured(height=0)), ('images: id 993 stands twice', pictured(id=993)),
+        ('images: some ids are numbers and some are text', pictured(id='1000')),
+        ('categories: id 7 stands twice', {**good, 'categories': [box, *good['categories']]}),
+        ('categories: .* lacks id', {**good, 'categories': [{'name': 'box'}]}),
+        ('annotation 1 has category_id 99', changed(category_id=99)),
+        ('annotation 1 has image_id -1', changed(image_id=-1)),
+        ('annotation 1 has image_id .1000.', changed(image_id=[1000])),
+        *((of_image + 'lacks bbox', changed(bbox=bbox)) for bbox in (
+            [1, 2, 3], None, [1, 2, float('nan'), 4], [1, 2, -3, 4], ['1', 2, 3, 4], 'box', [1, 2, 3, 4, 5])),
+        (of_image + 'has area', changed(area='large')), (of_image + 'has iscrowd', changed(iscrowd='no')),
+        *((needs, changed(segmentation=shape)) for shape in (
+            [], None, 'mask', [[1, 2, 3, 4]], [[0, 0, 9, 0, 9]], [[0, 0, 9, 0, 9, 9, 1]], [[0, 0, 9, 0, 9, 'x']],
+            [0, 0, 9, 0, 9, 9], {}, {**rle, 'size': [48, 64]}, {**rle, 'counts': [5]}, {**rle, 'counts': None})),
+        ('none of its 40 images has an annotation', {**good, 'annotations': []}),
+        (r'not in the format of COCO \(KeyError', {'images': []}), (r'not in the format of COCO \(TypeError', [good]),
+        ('annotations is not a list of objects', {**good, 'annotations': {'1': first}}), ('is empty; COCO', ''),
+        ('is no JSON, or cut short', json.dumps(good)[:2000]), ('is a web page', '<!DOCTYPE html><html>'),
+        ('no image of drawn has an object to learn', {**good, 'annotations': [{**first, 'iscrowd': 1}]}),
+        ('drawn/gone.png: no such image; so with 1 of the 37', pictured(file_name='gone.png')),
+        ('drawn and test have other categories: 3 dog, 3 roof', good)]
     (tmp_path / 'drawn').symlink_to(workplace / 'set/drawn')
-    test = {**good, 'categories': [good['categories'][0], {'id': ROOF, 'name': 'dog'}]}
-    (tmp_path / 'annotations/instances_test.json').write_text(json.dumps(test))
-    for message, content in wrong.items():
-        (tmp_path / 'annotations/instances_drawn.json').write_text(json.dumps(content))
+    write_set(tmp_path, {**good, 'categories': [box, {'id': ROOF, 'name': 'dog'}]}, 'test')
+    for message, content in wrong:
+        write_set(tmp_path, content)
         with pytest.raises(Fail, match=message) as error:
             detect_eval.main(config_of(workplace, f'dataset.root={tmp_path}', f'output={tmp_path}/out',
                                        *['dataset.test=test'] * ('other categories' in message)))
-        assert '\n' not in str(error.value) and not (tmp_path / 'out').exists()
+        assert '\n' not in str(error.value) and 'drawn' in str(error.value) and not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('ids', [range(0, 999), [7] * 999, [None] * 999, ['a', 0] * 500], ids=[
+    'counted from 0', 'all equal', 'missing', 'mixed'])
+@pytest.mark.parametrize('named', [int, str, lambda number: number - 1000], ids=['', 'text', 'from 0'])
+def test_a_perfect_detector_is_perfect_whatever_the_ids(workplace, tmp_path, ids, named):
+    """pycocotools takes an annotation's id 0 for 'not matched', and keeps the last of those that share one."""
+    content = json.loads((workplace / 'set/annotations/instances_drawn.json').read_text())
+    for image in content['images']:
+        image.update(id=named(image['id']), width=float(image['width']))
+    for a, number in zip(content['annotations'], ids):
+        a.update(id=number, image_id=named(a['image_id']), iscrowd=None)
+        del a['area'], a['id' if number is None else 'iscrowd']
+    truth, _ = detect_eval.annotations(write_set(tmp_path, content), 'drawn', True)
+    found = [{'image_id': a['image_id'], 'category_id': a['category_id'], 'bbox': a['bbox'], 'score': 1.0,
+              'segmentation': {**(shape := truth.annToRLE(a)), 'counts': shape['counts'].decode()}}
+             for a in truth.dataset['annotations']]
+    assert len(found) == len(truth.anns) == 55
+    for kind in ('bbox', 'segm'):
+        assert detect_eval.average_precision(truth, found, kind) == {'AP': 100, 'AP50': 100, 'AP75': 100}
+
+
+def test_run_lengths_are_masks_too(workplace, tmp_path):
+    """Uncompressed and compressed, as tools write them; the target is that of the polygon."""
+    content = json.loads((workplace / 'set/annotations/instances_drawn.json').read_text())
+    truth, folder = detect_eval.annotations(write_set(tmp_path, content), 'drawn', True)
+    for a in content['annotations']:
+        pixels, shape = truth.annToMask(a).flatten('F').tolist(), truth.annToRLE(a)
+        counts = [0] * pixels[0] + [len(list(run)) for _, run in groupby(pixels)]  # begins with those outside
+        a['segmentation'] = {'size': shape['size'], 'counts': counts if a['id'] % 2 else shape['counts'].decode()}
+    again, _ = detect_eval.annotations(write_set(tmp_path, content), 'drawn', True)
+    one, two = (detect_eval.Images(index, workplace / 'set/drawn', {ROOF: 1, BOX: 2}, True, 0)
+                for index in (truth, again))
+    for k in range(37):
+        assert torch.equal(one[k, k][1]['masks'], two[k, k][1]['masks'])
 
 
 def test_unusable_images_are_named(workplace, tmp_path):

@@ -1,4 +1,5 @@
 """features.py: kNN against numpy, and features that several processes compute together."""
+import atexit
 import os
 import sys
 from functools import partial
@@ -117,6 +118,7 @@ def test_monitor_maps_labels_by_name(tmp_path):
 
 def _stop_on_one_process(rank, folder):
     dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
+    atexit.register(dist.destroy_process_group)  # its threads would abort a process that ends before them
     os.environ.update(RANK=str(rank), WORLD_SIZE='2')
     processes = Processes('cpu', group=False)
     encoder = Encoder(build_backbone('resnet18', 'cifar', 8), MEAN, STD, processes.device, torch.float32)
@@ -126,7 +128,6 @@ def _stop_on_one_process(rank, folder):
     assert found[1].tolist() == [i % 3 for i in range(67)]
     assert all_features(images, 67, encoder, processes, 'all', stop=rank == 1) is None
     Path(folder, f'stopped.{rank}').touch()
-    dist.destroy_process_group()
 
 
 def test_a_stop_on_one_process_ends_all_of_them(tmp_path):

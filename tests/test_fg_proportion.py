@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import fg_proportion  # noqa: E402
 from common import Fail, atomic, load_config  # noqa: E402
+from conftest import damages  # noqa: E402
 from frozen_clip import FrozenClip  # noqa: E402
 
 N, UNREADABLE = 44, 13
@@ -411,7 +412,7 @@ def test_missing_yaml_is_one_line_and_code_2(tmp_path):
     ({'sign': 2}, 'sign: must be 1, -1 or null'), ({'precision': 'fp8'}, "precision: 'fp8' is unknown"),
     ({'pca': 'wide.npy'}, 'wide.npy: has 25 entries, but the tokens of this encoder have 24'),
     ({'pca': 'flat.npy'}, 'flat.npy: must be one .npy array of shape'),
-    ({'pca': 'text.npy'}, 'text.npy: cannot be read as .npy'),
+    ({'pca': 'text.npy'}, 'text.npy: is text'),
     ({'pca': 'zero.npy'}, 'zero.npy: holds zeros')])
 def test_impossible_values_leave_nothing_behind(change, words, clips, images, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -423,6 +424,26 @@ def test_impossible_values_leave_nothing_behind(change, words, clips, images, tm
     with pytest.raises(Fail, match=words):
         fg_proportion.main(load_config(fg_proportion.DEFAULTS, [str(path)]))
     assert not (tmp_path / 'out').exists()
+
+
+def test_damaged_files_of_an_earlier_run(stage, run, clips, images, tmp_path):
+    folder = tmp_path / 'out'
+    yaml_ = write_yaml(tmp_path / 'a.yaml', images, clips['vit'], folder)
+    (folder / 'parts').mkdir(parents=True)
+    for name, source in (('config.yaml', run[0] / 'config.yaml'), ('parts/run.npz', run[0] / 'fg_proportion.npz')):
+        shutil.copy(source, folder / name)
+        for damaged in damages(folder / name):
+            with pytest.raises(Fail, match=f'{name}: .*delete {folder} to start again') as error:
+                stage(yaml_)
+            assert damaged in str(error.value) and '\n' not in str(error.value)
+        (folder / name).unlink()
+    np.savez(tmp_path / 'part.npz', pc=np.ones(500))
+    for damaged in damages(tmp_path / 'part.npz'):
+        with pytest.raises(Fail, match='part.npz: .*; delete it and start the same command again') as error:
+            list(fg_proportion.load_parts([tmp_path / 'part.npz'], 'pc'))
+        assert damaged in str(error.value) and '\n' not in str(error.value)
+    with pytest.raises(Fail, match='part.npz: .*holds no mean'):
+        list(fg_proportion.load_parts([tmp_path / 'part.npz'], 'pc', 'mean'))
 
 
 def test_all_images_unreadable(stage, clips, tmp_path):

@@ -1,4 +1,5 @@
 """frozen_clip.py on small random models: tokens and embeddings by hand, one-line errors, the quality of pairs."""
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from common import Fail  # noqa: E402
+from conftest import damages  # noqa: E402
 from frozen_clip import FrozenClip, Quality  # noqa: E402
 from models import normalize  # noqa: E402
 
@@ -117,6 +119,23 @@ def test_views_are_interpolated_to_the_encoder_and_component_must_fit(clips, tmp
     np.savez(tmp_path / 'other.npz', pc=np.ones(24), encoder='0123456789ab')
     np.savez(tmp_path / 'empty.npz', mean=np.ones(7))
     for name, message in (('narrow.npz', 'width 7, tokens of .* have 24'), ('other.npz', 'other weights'),
-                          ('empty.npz', 'no principal component'), ('missing.npz', 'no such file')):
+                          ('empty.npz', 'holds no pc'), ('missing.npz', 'no such file')):
         with pytest.raises(Fail, match=message):
             Quality({**settings, 'pc': str(tmp_path / name)}, torch.device('cpu'))
+    for name in ('fg.npz', 'published.npy'):
+        for damaged in damages(tmp_path / name):
+            with pytest.raises(Fail, match=f'quality.pc: .*{name}: .*; run fg_proportion.py') as error:
+                Quality({**settings, 'pc': str(tmp_path / name)}, torch.device('cpu'))
+            assert damaged in str(error.value) and '\n' not in str(error.value)
+
+
+def test_damaged_weights_are_named(clips, tmp_path):
+    shutil.copytree(clips['vit'], tmp_path / 'clip')
+    for name in ('open_clip_model.safetensors', 'open_clip_config.json'):
+        for damaged in damages(tmp_path / 'clip' / name):
+            with pytest.raises(Fail, match=f'clip.model: .*clip/{name}: ') as error:
+                FrozenClip({'model': str(tmp_path / 'clip')})
+            assert damaged in str(error.value) and '\n' not in str(error.value)
+    (tmp_path / 'weights.pt').write_bytes(b'version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n')
+    with pytest.raises(Fail, match='weights.pt: is a Git LFS pointer, not the file itself; `git lfs pull`'):
+        FrozenClip({'model': 'RN50', 'pretrained': str(tmp_path / 'weights.pt')})

@@ -24,6 +24,7 @@ import data  # noqa: E402
 import gen_views  # noqa: E402
 from chunks import read_chunk, write_chunk  # noqa: E402
 from common import Fail, load_config  # noqa: E402
+from conftest import damages  # noqa: E402
 from data import PairLoader, open_beton  # noqa: E402
 from frozen_clip import FrozenClip  # noqa: E402
 from generators import UnCLIP  # noqa: E402
@@ -283,8 +284,34 @@ def test_damaged_generator_and_chunk(settings, generator_folder, tmp_path):
     (folder / 'pairs.beton').unlink()
     chunk = folder / 'views/000001.tar'
     chunk.write_bytes(chunk.read_bytes()[:700])
-    with pytest.raises(Exception, match='000001.tar: cannot be read'):
+    with pytest.raises(Exception, match='000001.tar: .*; delete it, and the same command makes it again'):
         generate(settings, tmp_path)
+
+
+def test_damaged_files_of_stage_1_and_of_the_run(settings, stage1, tmp_path):
+    folder = tmp_path / 'proportions'
+    shutil.copytree(stage1, folder)
+    for name in ('fg_proportion.npz', 'embeddings.npy'):
+        for damaged in damages(folder / name):
+            with pytest.raises(Fail, match=f'{name}: .*run fg_proportion.py on this dataset again') as error:
+                generate(settings, tmp_path, proportions=str(folder))
+            assert damaged in str(error.value) and '\n' not in str(error.value)
+    path, known = tmp_path / 'settings.json', {'seed': 0, 'dataset': {'name': 'folder'}}
+    path.write_text(json.dumps(known))
+    for damaged in damages(path):
+        with pytest.raises(Fail, match='settings.json: .*; delete it where the views') as error:
+            gen_views.same_settings(path, known, ())
+        assert damaged in str(error.value) and '\n' not in str(error.value)
+    gen_views.same_settings(path, known, ())
+
+
+def test_generator_that_was_not_downloaded_whole(settings, generator_folder, tmp_path):
+    shutil.copytree(generator_folder, tmp_path / 'generator')
+    for name in ('unet/diffusion_pytorch_model.safetensors', 'vae/config.json', 'model_index.json'):
+        for damaged in damages(tmp_path / 'generator' / name):
+            with pytest.raises(Fail, match='generator.model cannot be loaded: .*generator/' + name) as error:
+                generate(settings, tmp_path, generator={'model': str(tmp_path / 'generator'), **SPEC})
+            assert damaged in str(error.value) and '\n' not in str(error.value)
 
 
 def test_yaml_error_is_one_line(tmp_path):

@@ -16,8 +16,8 @@ sys.path.insert(0, str(ROOT))
 
 import linear_eval  # noqa: E402
 from checkpoints import load_backbone  # noqa: E402
-from common import Fail, Processes, StopSignal, load_config  # noqa: E402
-from conftest import coloured_samples  # noqa: E402
+from common import Fail, Processes, StopSignal, load_checkpoint, load_config  # noqa: E402
+from conftest import coloured_samples, damages, held  # noqa: E402
 from data import write_beton  # noqa: E402
 from models import build_backbone  # noqa: E402
 
@@ -196,6 +196,15 @@ def test_finished_results_are_shown_and_new_questions_asked(workplace, tmp_path,
     assert (tmp_path / 'results.json').stat().st_mtime_ns != written and results(tmp_path)['config']['knn']['k'] == 3
 
 
+def test_damaged_kept_features_are_computed_again(workplace, tmp_path):
+    linear_eval.main(config_of(workplace, f'output={tmp_path}', 'keep_features=true'))
+    expected, path = results(tmp_path)['linear'], tmp_path / 'test_features.pt'
+    for _ in damages(path):
+        (tmp_path / 'results.json').unlink()
+        linear_eval.main(config_of(workplace, f'output={tmp_path}', 'keep_features=true'))
+        assert results(tmp_path)['linear'] == expected and len(load_checkpoint(path)['labels']) == 31
+
+
 def test_two_processes_find_the_same(workplace, tmp_path):
     """67 and 31 images do not divide by 2: none may count twice. Also the gradient of the probe is the mean of both."""
     linear_eval.main(config_of(workplace, f'output={tmp_path}/one', 'linear.augment=true'))
@@ -215,7 +224,9 @@ def test_killed_probe_resumes_bit_exactly(workplace, tmp_path):
     for number in (signal.SIGKILL, signal.SIGTERM):
         folder = tmp_path / number.name
         call = command(workplace, *changes, f'output={folder}')
-        process = subprocess.Popen(call, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        launcher = held('linear_eval.py', 'epoch', 25) if number == signal.SIGKILL else call[:1]
+        process = subprocess.Popen([*launcher, *call[1:]], env=ENVIRONMENT, stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE, text=True)
         begin = time.time()
         while not (folder / 'linear.pt').is_file() and process.poll() is None and time.time() - begin < 900:
             time.sleep(0.002)

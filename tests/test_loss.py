@@ -300,13 +300,14 @@ def test_byol_is_two_plus_twice_the_negative_cosine():
 # two processes that hold half the batch each, and without on one that holds all of it
 
 WORKER = """
-import sys, torch, torch.distributed as dist
+import atexit, sys, torch, torch.distributed as dist
 sys.path.insert(0, sys.argv[1])
 from loss import *
 from torch.nn.functional import normalize
 B, together = 8, len(sys.argv) > 3
 if together:
     dist.init_process_group('gloo')
+    atexit.register(dist.destroy_process_group)          # its threads would abort a process that ends before them
 rank = dist.get_rank() if together else 0
 generator = torch.Generator().manual_seed(0)
 x, y, queue = (normalize(torch.randn(n, 6, generator=generator), dim=1) for n in (B, B, 10))

@@ -1,4 +1,5 @@
 """models.py: the methods' initial state, schedules and steps against their papers' codes; one process against two."""
+import atexit
 import math
 import sys
 from pathlib import Path
@@ -87,14 +88,13 @@ def _both(rank, world, configs, folder):
     torch.set_num_threads(1)
     if world > 1:
         dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=world)
+        atexit.register(dist.destroy_process_group)
     for name, config in configs.items():
         for weighted in (False, True):
             losses, model, figures = steps(config, rank, world, weighted)
             pretrain.average_running_statistics(model)
             torch.save({'losses': losses, 'figures': figures, 'state': model.state_dict()},
                        f'{folder}/{name}.{weighted}.{world}.{rank}')
-    if world > 1:
-        dist.destroy_process_group()
 
 
 @pytest.fixture(scope='module')

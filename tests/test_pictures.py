@@ -103,7 +103,8 @@ def test_curves_take_the_last_of_a_step_and_ignore_a_line_cut_short(tmp_path, mo
     log = [{'command': 'python x.py', 'time': 'today'}, {'step': 2, 'loss': 5.0, 'top1_accuracy': 0.5},
            {'step': 4, 'loss': 4.0}, {'step': 1, 'loss': 6.0, 'lr': 0.1}, {'step': 4, 'loss': 3.0}]
     text = '\n'.join(map(json.dumps, log))
-    (tmp_path / 'log.jsonl').write_text(text + '\n{"step": 5, "lo\n' + json.dumps({'step': 6, 'loss': 2.0}))
+    noise = b'\n{"step": 5, "lo\n\xff\xfe\n7\n{"loss": 9}\n'
+    (tmp_path / 'log.jsonl').write_bytes(text.encode() + noise + json.dumps({'step': 6, 'loss': 2.0}).encode())
     curves(tmp_path / 'loss.png', tmp_path / 'log.jsonl', ['loss', 'absent'], ['top1_accuracy', 'lacking'])
     found = {kwargs['label']: [list(map(float, values)) for values in args] for args, kwargs in drawn}
     assert found == {'loss': [[1, 2, 4, 6], [6, 5, 3, 2]], 'top1 accuracy': [[2], [0.5]]}

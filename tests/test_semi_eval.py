@@ -194,6 +194,14 @@ def test_impossible_settings_leave_nothing_behind(workplace, tmp_path, change, m
     assert not (tmp_path / 'out').exists()
 
 
+@pytest.mark.parametrize('content', [b'', b'\xff\xfe\0', b'\0\1', '\u00b2\n'.encode(), b'<html>\n<body>', b'99\n'])
+def test_a_list_of_images_that_is_none_is_one_line(tmp_path, content):
+    (tmp_path / 'list.txt').write_bytes(content)
+    with pytest.raises(Fail, match='subset.file: .*list.txt: ') as error:
+        semi_eval.listed(tmp_path / 'list.txt', None, {'settings': None}, np.arange(9))
+    assert '\n' not in str(error.value)
+
+
 @pytest.mark.parametrize('path', sorted((ROOT / 'yamls/semi_eval').glob('*.yaml')), ids=lambda p: p.name)
 def test_experiments_that_ship_are_valid(path):
     config = load_config(semi_eval.DEFAULTS, [str(path)])
