@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from common import Fail
-from data import PairLoader
+from data import PairLoader, check_size
 from models import gather, normalize
 
 
@@ -114,8 +114,10 @@ class Monitor:
         size, self.knn, self.workers = config['image_size'], config['knn'], config['data']['num_workers']
         self.recipe = {'size': size, 'resize': size, 'crop_scale': None}
         self.mean_std, self.dtype, self.processes = mean_std, dtype, processes
-        labels = [labelled(self.knn[f'{part}_beton'], self.recipe, processes).metadata['f2']
-                  for part in ('train', 'test')]
+        loaders = [labelled(self.knn[f'{part}_beton'], self.recipe, processes) for part in ('train', 'test')]
+        for loader in loaders:
+            check_size(loader, {'image_size': size})
+        labels = [loader.metadata['f2'] for loader in loaders]
         self.samples, self.classes = list(map(len, labels)), int(max(map(max, labels))) + 1
         if self.knn['k'] > self.samples[0]:
             raise Fail(f"knn.k: {self.knn['k']} neighbours out of {self.samples[0]} images of knn.train_beton")
