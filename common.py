@@ -225,7 +225,7 @@ def flat(config, prefix=''):
 def check_values(config, allowed):
     """Raises Fail where a value is none of those that a stage can work with; what may be null, may.
 
-    allowed: {dotted key, or the last part of several: rule}, a rule being what must be named ("file"; of a list each),
+    allowed: {dotted key, or the last part of several: rule}, a rule being what must be named ('file'; of a list each),
     (lowest, highest) of a number or of each in a list, whole where lowest is, or a list of the values that there are"""
     for key, value in flat(config).items():
         rule = allowed.get(key, allowed.get(key.rpartition('.')[2]))
@@ -242,7 +242,7 @@ def check_values(config, allowed):
         elif rule and value is not None and value not in rule:
             near = difflib.get_close_matches(str(value), map(str, rule), 1, 0.7)
             raise Fail(f"{key}: {_shown.repr(value)} is none of {', '.join(map(str, rule))}"
-                       + f"; did you mean '{near[0]}'?" * bool(near))
+                       + ''.join(f"; did you mean '{name}'?" for name in near))
 
 
 def run_folder(output):
