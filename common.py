@@ -186,10 +186,10 @@ def load_config(defaults, argv, nullable=()):
         raise Fail(f"usage: python {Path(sys.argv[0]).name} EXPERIMENT.yaml [key.sub=value ...]")
     path, = files
     try:
-        with open(path, 'rb') as file:
-            text = file.read(1_000_001) if os.path.isfile(path) else b''
-            if len(text) > 1_000_000 or not os.path.isfile(path):
-                raise Fail(f'{path}: is not an experiment file')
+        if os.path.exists(path) and not os.path.isdir(path) and (
+                not os.path.isfile(path) or os.path.getsize(path) > 1_000_000):  # a pipe, a device, a beton
+            raise Fail(f'{path}: is not an experiment file')
+        text = Path(path).read_bytes()
         found = _read_yaml(text.decode('utf-8-sig'), path)
     except (FileNotFoundError, NotADirectoryError):
         near = [str(p) for p in sorted(Path('yamls').rglob('*.yaml')) if p.parent.name == Path(sys.argv[0]).stem]
