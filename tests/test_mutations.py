@@ -22,6 +22,11 @@ import view_eval  # noqa: E402
 from augment import recipe_row  # noqa: E402
 from checkpoints import NORMALIZATIONS, normalization  # noqa: E402
 from common import Fail, Processes, default_config, flat, load_config, precision_dtype, run_folder, shard  # noqa: E402
+from data import check_size, write_beton  # noqa: E402
+from features import labelled  # noqa: E402
+from models import build_backbone  # noqa: E402
+
+from conftest import coloured_samples  # noqa: E402
 
 STAGES = {module.__name__: module for module in (fg_proportion, gen_views, pretrain, linear_eval, semi_eval,
                                                  detect_eval, view_eval)}
@@ -227,6 +232,31 @@ def check(stage, config):
         size = config['image_size'] or 224
         recipe_row({'size': size, 'crop_scale': crops['crop_scale'], 'flip': crops['flip']}, 'crops')
         recipe_row({'size': size, 'resize': config['resize'] or size}, 'resize')
+
+
+@pytest.mark.parametrize('stage', STAGES)
+def test_an_output_in_the_way_is_said_before_any_work(stage, tmp_path):
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(Fail, match=f'output: {tmp_path}/file is a file'):
+        STAGES[stage].main(config_of(stage, f'output={tmp_path}/file/below'))
+
+
+def test_a_size_that_nobody_has_written_down_may_not_enlarge_the_images(tmp_path):
+    write_beton(tmp_path / 'a.beton', coloured_samples(), 12, {})
+    loader = labelled(tmp_path / 'a.beton', {'size': 16, 'resize': 16, 'crop_scale': None}, Processes('cpu'))
+    assert check_size(loader, {'image_size': 16}) is None
+    assert check_size(loader, {'image_size': 32}).endswith('of 16 px (median of the shorter side) are enlarged')
+    with pytest.raises(Fail, match='image_size: views of 224 px from .* 16 px .* in .*a.beton: set image_size=16, or'):
+        check_size(loader, {'image_size': 224})
+    assert 'are enlarged' in check_size(loader, {'image_size': 224}, meant=224)
+    network = build_backbone('resnet18', stem='cifar', width=8)
+    torch.save({'state_dict': network.state_dict()}, tmp_path / 'other.pt')  # of others: says no size, so 224
+    inputs = [f'checkpoint={tmp_path}/other.pt', *(f'{part}_beton={tmp_path}/a.beton' for part in ('train', 'test'))]
+    for stage in ('linear_eval', 'semi_eval'):
+        with pytest.raises(Fail, match='image_size: views of 224 px from stored images of 16 px'):
+            STAGES[stage].main(load_config(STAGES[stage].DEFAULTS, [
+                str(ROOT / 'yamls' / stage / 'cifar10.yaml'), *inputs, 'image_size=', f'output={tmp_path}/out']))
+        assert not (tmp_path / 'out').exists()
 
 
 SENSELESS = {  # key=value; ...
