@@ -404,9 +404,11 @@ def recipe_row(recipe, where):
         if value is None:
             value = {'crop_scale': [0, 0], 'resize': recipe.get('size')}.get(key)
         try:
-            numbers = np.atleast_1d(np.asarray(value, np.float64)).tolist()
-            right = right(*numbers) and (key != 'resize' or numbers >= row)
-        except (TypeError, ValueError):
+            given = np.atleast_1d(np.asarray(value))
+            numbers = given.astype(np.float64).tolist()
+            right = given.dtype.kind in 'iuf' and np.isfinite(numbers).all() and right(*numbers) \
+                and (key != 'resize' or numbers >= row)
+        except (TypeError, ValueError, OverflowError):
             right = False
         if not right:
             raise Fail(f'{where}: {key} is {value!r}, it must be {needed}')

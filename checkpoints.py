@@ -34,9 +34,9 @@ def normalization(spec, own=None):
         spec = own if own and own[0] else 'imagenet'
     try:
         mean, std = (tuple(map(float, v)) for v in (NORMALIZATIONS[spec] if isinstance(spec, str) else spec))
-        if len(mean) == len(std) == 3 and min(std) > 0:
+        if len(mean) == len(std) == 3 and min(std) > 0 and all(map(math.isfinite, mean + std)):
             return mean, std
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         pass
     raise Fail(f"normalization: {spec!r} is none of {', '.join(NORMALIZATIONS)}, [[r, g, b], [r, g, b]] "
                '(mean, std > 0)')

@@ -398,13 +398,15 @@ class PairLoader:
         return batch
 
 
-def check_size(loader, sizes):
-    """Views larger than the stored images only look like more: a text for the log (or None), Fail from twice on.
+def check_size(loader, sizes, meant=False):
+    """Views larger than the stored images only look like more: a text for the log (or None), Fail from twice on, unless
+    the size is meant (somebody has written it down: an encoder may have been trained at it).
 
     sizes: {key of the config: pixels a side}"""
     stored, key = loader.metadata['f0'], max(sizes, key=sizes.get)
     side = int(np.median(np.minimum(stored['height'], stored['width'])))
     text = f'{key}: views of {sizes[key]} px from stored images of {side} px (median of the shorter side)'
-    if sizes[key] > 2 * side:
-        raise Fail(f'{text}: set {key}={side}, or write the beton from larger images')
+    if sizes[key] > 2 * side and not meant:
+        where = ' + '.join(map(str, loader.paths))
+        raise Fail(f'{text} in {where}: set {key}={side}, or write the beton from larger images')
     return f'{text} are enlarged' if sizes[key] > side else None

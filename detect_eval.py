@@ -45,26 +45,26 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from checkpoints import digest, load_backbone, normalization
-from common import (Fail, Log, Processes, StopSignal, answered, damage, earlier, precision_dtype, run,
-                    save_checkpoint, save_json, seed_everything)
+from common import (Fail, Log, Processes, StopSignal, answered, check_values, damage, earlier, precision_dtype, run,
+                    run_folder, save_checkpoint, save_json, seed_everything)
 from models import BLOCKS, average_running_statistics, distributed, global_mean, synchronize_batch_norm
 from pictures import curves
 
 DEFAULTS = """
-checkpoint: null        # backbone.pt of pretrain.py, or another ResNet that checkpoints.load_backbone knows
+checkpoint: !text null  # backbone.pt of pretrain.py, or another ResNet that checkpoints.load_backbone knows
 backbone:
-  prefix: null          # of the network that is meant, where several compete, e.g. teacher.backbone
-output: null            # run folder; null: <checkpoint without suffix>_<dataset.name>
+  prefix: !text null    # of the network that is meant, where several compete, e.g. teacher.backbone
+output: !text null      # run folder; null: <checkpoint without suffix>_<dataset.name>
 seed: 0                 # of new layers, order of the images, flips, sizes and sampled regions
 device: auto            # auto | cpu | cuda
 precision: fp32         # fp32 (as published) | bf16 | fp16 (GPU, with loss scaling) | auto
 num_workers: 4          # processes that read images, per process
-normalization: null     # null: the checkpoint's own (where it has none: imagenet) | clip | imagenet | cifar10 |
-                        # [[r, g, b], [r, g, b]] (mean, std)
+normalization: !texts null  # null: the checkpoint's own (where it has none: imagenet) | clip | imagenet | cifar10 |
+                            # [[r, g, b], [r, g, b]] (mean, std)
 
 dataset:
   name: coco            # coco: any set in COCO's format, laid out like it | voc
-  root: null            # coco: holds annotations/instances_SPLIT.json and SPLIT/*.jpg; voc: holds VOCdevkit/
+  root: !text null      # coco: holds annotations/instances_SPLIT.json and SPLIT/*.jpg; voc: holds VOCdevkit/
   train: train2017      # split; voc: trainval07+12
   test: val2017         # split; voc: test07
 
@@ -88,26 +88,20 @@ save_every: 1000        # iterations
 requeue: false          # on SIGUSR1 (#SBATCH --signal=USR1@120) save, then `scontrol requeue` the Slurm job
 """
 BOOKKEEPING = ('checkpoint', 'output', 'device', 'num_workers', 'log_every', 'save_every', 'requeue')
-LEAST = {'seed': 0, 'num_workers': 0, 'lr': 1e-12, 'warmup': 0, 'momentum': 0, 'weight_decay': 0, 'requeue': 0}
+ALLOWED = {
+    'checkpoint': 'file', 'root': 'folder', 'name': ['coco', 'voc'], 'seed': (0, 10 ** 12), 'num_workers': (0, 1024),
+    'detector': ['mask_rcnn_fpn', 'faster_rcnn_fpn', 'faster_rcnn_c4'], 'channels': (1, 8192), 'anchors': (1, 10 ** 4),
+    'regions': (1, 10 ** 5), 'train_sizes': (1, 10 ** 4), 'test_size': (1, 10 ** 4), 'max_size': (1, 10 ** 4),
+    'batch_size': (1, 10 ** 5), 'iterations': (1, 10 ** 9), 'lr': (1e-12, 1000.0), 'steps': (1, 10 ** 9),
+    'warmup': (0, 10 ** 9), 'momentum': (0.0, 0.9999), 'weight_decay': (0.0, 0.999), 'log_every': (1, 10 ** 9),
+    'save_every': (1, 10 ** 9)}
 VOC_CLASSES = ('aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person '
                'pottedplant sheep sofa train tvmonitor').split()
 
 
 def check(config, world):
-    detector, dataset = config['detector'], config['dataset']
-    for key, value, known in (('detector', detector, ('mask_rcnn_fpn', 'faster_rcnn_fpn', 'faster_rcnn_c4')),
-                              ('dataset.name', dataset['name'], ('coco', 'voc'))):
-        if value not in known:
-            raise Fail(f"{key}: {value!r} is none of {', '.join(known)}")
-    for key, value in (('checkpoint', config['checkpoint']), ('dataset.root', dataset['root'])):
-        if not isinstance(value, str):
-            raise Fail(f'{key}: must name a {"file" if key == "checkpoint" else "folder"}, e.g. {key}=data/...')
-    for key, value in {**config, 'normalization': None}.items():  # which `normalization` checks
-        for number in value if isinstance(value, list) else [value]:
-            if isinstance(value, list) and type(number) is not int or \
-                    isinstance(number, (int, float)) and number < LEAST.get(key, 1):
-                raise Fail(f'{key}: {number!r} must be a number of at least {LEAST.get(key, 1)}')
-    if len(config['anchors']) != 5 and detector != 'faster_rcnn_c4' or not config['train_sizes']:
+    check_values(config, ALLOWED)
+    if len(config['anchors']) != 5 and config['detector'] != 'faster_rcnn_c4' or not config['train_sizes']:
         raise Fail('anchors, train_sizes: an FPN needs 5 anchors, one for each level, and there must be a size')
     if config['batch_size'] % world:
         raise Fail(f"batch_size: {config['batch_size']} (of all processes) is not a multiple of the {world} processes")
@@ -390,7 +384,7 @@ def main(config):
     check(config, processes.world)
     device, world, dataset, iterations = processes.device, processes.world, config['dataset'], config['iterations']
     dtype, masks = precision_dtype(config['precision'], device), config['detector'] == 'mask_rcnn_fpn'
-    folder = Path(config['output'] or f"{Path(config['checkpoint']).with_suffix('')}_{dataset['name']}")
+    folder = run_folder(config['output'] or f"{os.path.splitext(config['checkpoint'])[0]}_{dataset['name']}")
     checkpoint, results = folder / 'checkpoint.pt', folder / 'results.json'
 
     # Everything is checked before anything is written

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from common import Fail
-from data import PairLoader
+from data import PairLoader, check_size
 from models import gather, normalize
 
 
@@ -142,6 +142,8 @@ class Monitor:
         self.recipe = {'size': size, 'resize': size, 'crop_scale': None}
         self.mean_std, self.dtype, self.processes = mean_std, dtype, processes
         loaders = [labelled(self.knn[f'{part}_beton'], self.recipe, processes) for part in ('train', 'test')]
+        for loader in loaders:
+            check_size(loader, {'image_size': size})
         self.known, self.samples = class_map(*loaders), [len(loader.metadata) for loader in loaders]
         self.classes = int(max(loaders[0].metadata['f2'].max(), self.known.max())) + 1
         if self.knn['k'] > self.samples[0]:

@@ -41,8 +41,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import Compose, PILToTensor
 from tqdm import tqdm
 
-from common import (Fail, Log, Processes, StopSignal, atomic, changed_keys, load_arrays, precision_dtype, run, shard,
-                    unreadable)
+from common import (Fail, Log, Processes, StopSignal, atomic, changed_keys, check_values, load_arrays, precision_dtype,
+                    run, run_folder, shard, unreadable)
 from pictures import grid, histograms, overlay
 from sources import same_images, source_dataset
 
@@ -53,14 +53,14 @@ dataset:
   root: data/cifar10        # folder it lies in
   split: train              # train | test | val
   download: false           # true: fetch it when it is not there
-  subset: null              # images, the same number of each class; null: all
+  subset: !int null         # images, the same number of each class; null: all
 clip:
   model: tiny/clip          # open_clip architecture, hf-hub:owner/name, or a local folder
-  pretrained: null          # hub tag or local weights file of an architecture; null for a folder or hub id
-  image_size: null          # pixels; null: the model's own
+  pretrained: !text null    # hub tag or local weights file of an architecture; null for a folder or hub id
+  image_size: !int null     # pixels; null: the model's own
 pca_images: 10000           # random images for the component, sign and threshold (appendix A)
-pca: null                   # .npy with a published component, (K,) or (K, 1), to use in place of our own
-sign: null                  # 1 or -1 turns the component by hand; null: by the rule
+pca: !text null             # .npy with a published component, (K,) or (K, 1), to use in place of our own
+sign: !int null             # 1 or -1 turns the component by hand; null: by the rule
 foreground_share: 0.40      # share of tokens that are foreground over the pca images (appendix A)
 proportions: true           # false: stop at the component (for the encoder of the quality loss)
 batch_size: 256             # images per process
@@ -285,21 +285,21 @@ def draw(sweep, folder, indices, pc, projection, threshold, proportion, level):
 
 # ---------------------------------------------------------------------------------------------------
 
+ALLOWED = {
+    'output': 'folder', 'root': 'folder', 'split': ['train', 'test', 'val'], 'subset': (1, 10 ** 10),
+    'image_size': (1, 4096), 'pca_images': (1, 10 ** 10), 'sign': [1, -1], 'foreground_share': (0.001, 0.999),
+    'batch_size': (1, 10 ** 5), 'chunk': (1, 10 ** 10), 'num_workers': (0, 1024), 'seed': (0, 10 ** 12)}
+
+
 def check(config):
-    for key, low in (('pca_images', 1), ('batch_size', 1), ('chunk', 1), ('num_workers', 0), ('seed', 0)):
-        if config[key] < low:
-            raise Fail(f'{key}: must be at least {low}, not {config[key]}')
-    if not 0 < config['foreground_share'] < 1:
-        raise Fail(f"foreground_share: must lie between 0 and 1, not {config['foreground_share']}")
-    if config['sign'] not in (None, 1, -1):
-        raise Fail(f"sign: must be 1, -1 or null (by the rule), not {config['sign']!r}")
-    if config['pca'] is not None and not Path(str(config['pca'])).is_file():
+    check_values(config, ALLOWED)
+    if config['pca'] is not None and not Path(config['pca']).is_file():
         raise Fail(f"pca: {config['pca']}: no such file")
 
 
 def main(config):
     check(config)
-    folder = Path(config['output'])
+    folder = run_folder(config['output'])
     if (folder / 'config.yaml').is_file():
         try:
             old = yaml.safe_load((folder / 'config.yaml').read_text())

@@ -25,7 +25,7 @@ import zlib
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import partial, reduce
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +34,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from chunks import ForeignViews, StoredViews, bad, chunk_defects, encode_view, view_names, write_chunk
-from common import (Fail, Log, Processes, StopSignal, atomic, changed_keys, load_arrays, load_json, run, save_json,
-                    shard)
+from common import (Fail, Log, Processes, StopSignal, atomic, changed_keys, check_values, load_arrays, load_json, run,
+                    run_folder, save_json, shard)
 from data import BeingWritten, open_beton, write_beton
 from pictures import grid
 from sources import same_images, shrink, source_dataset
@@ -47,7 +47,7 @@ dataset:                  # the images, as in stage 1
   root: ''                # where it is or goes
   split: train
   download: false
-  subset: null            # the first images of each class, this many in all; null: all
+  subset: !int null       # the first images of each class, this many in all; null: all
 proportions: ''           # run folder of fg_proportion.py: noise levels and embeddings of the same images
 source: generator         # generator | folder (views made elsewhere, such as the official pre-generated ones)
 views_root: ''            # of source folder: its files are named like the images below root, up to the extension
@@ -71,14 +71,14 @@ batch_size: 16            # images at once; halved when the GPU has not enough m
 chunk_size: 1000          # images a chunk: what a killed process loses at most
 view_size: 512            # pixels a side of the stored view (official code: 768 reduced to 512)
 view_format: jpg          # jpg (quality 95) | png (lossless, for small views)
-image_size: null          # shorter side of the stored original; null: as it is
+image_size: !int null     # shorter side of the stored original; null: as it is
 beton_mode: jpg           # jpg | raw (for images of a few thousand pixels)
 beton_quality: 90         # of jpg
 grid: 40                  # pairs in pairs.png
 num_workers: 2            # threads that encode, write and check
 shard: ''                 # i/n: take every n-th chunk from the i-th on (0/4 ... 3/4); empty: the Slurm array's, if any
 verify: false             # true: read everything back (see above)
-pack: null                # null: whichever process finds all chunks there writes the beton | true: do nothing else |
+pack: !bool null          # null: whichever process finds all chunks there writes the beton | true: do nothing else |
                           # false: leave it
 device: auto              # auto | cpu | cuda
 """
@@ -89,7 +89,7 @@ def main(config):
     processes = Processes(config['device'], group=False)  # nothing here waits for another process
     check(config)
     first, step = shard(config['shard'], processes)
-    stop, output, elsewhere = StopSignal(), Path(config['output']), config['source'] == 'folder'
+    stop, output, elsewhere = StopSignal(), run_folder(config['output']), config['source'] == 'folder'
     source = source_dataset(config['dataset'])
     levels, embeddings, checksum, known = noise_levels(config, source)
     settings = {'stage': 'gen_views', 'dataset': {k: config['dataset'][k] for k in ('name', 'root', 'split', 'subset')},
@@ -178,30 +178,24 @@ def main(config):
         log.write(f'{beton}: another process is packing it')
 
 
+ALLOWED = {
+    'output': 'folder', 'name': 'dataset', 'root': 'folder', 'split': ['train', 'test', 'val'], 'subset': (1, 10 ** 10),
+    'source': ['generator', 'folder'], 'strategy': ['adaptive', 'constant', 'random', 'none'], 'noise_level': (0, 999),
+    'steps': (1, 1000), 'guidance_scale': (0.0, 1000.0), 'condition': ['stored', 'pipeline'], 'seed': (0, 10 ** 12),
+    'views_per_image': (1, 90), 'batch_size': (1, 10 ** 5), 'chunk_size': (1, 10 ** 9), 'view_size': (1, 8192),
+    'view_format': ['jpg', 'png'], 'image_size': (1, 65_500), 'beton_mode': ['jpg', 'raw'], 'beton_quality': (1, 100),
+    'grid': (1, 10 ** 4), 'num_workers': (1, 1024)}
+
+
 def check(config):
-    value = lambda key: reduce(dict.__getitem__, key.split('.'), config)
-    elsewhere, needs = config['source'] == 'folder', ['output', 'dataset.name']
-    needs += ['views_root'] if elsewhere else ['proportions', 'generator.model'] * (config['strategy'] != 'none')
-    for key, allowed in (('strategy', ('adaptive', 'constant', 'random', 'none')), ('view_format', ('jpg', 'png')),
-                         ('beton_mode', ('jpg', 'raw')), ('source', ('generator', 'folder')),
-                         ('pack', (None, True, False)), ('generator.condition', ('stored', 'pipeline'))):
-        if value(key) not in allowed:
-            raise Fail(f"'{key}' must be one of {', '.join(map(str, allowed))}, not {value(key)!r}")
-    for key in needs:
-        if not value(key):
-            raise Fail(f"'{key}' is not set; write it into the YAML")
-    if elsewhere and (config['strategy'] == 'none' or config['views_per_image'] > 1):
-        raise Fail("'source': folder packs one view an image; set views_per_image to 1, strategy to another than none")
-    if not 0 <= config['noise_level'] <= 999:
-        raise Fail(f"'noise_level' must lie in 0..999, not {config['noise_level']}")
-    for key in ('batch_size', 'chunk_size', 'view_size', 'num_workers', 'views_per_image'):
-        if config[key] < 1:
-            raise Fail(f"'{key}' must be at least 1, not {config[key]}")
-    if config['seed'] < 0 or value('generator.steps') < 1 or not 1 <= config['beton_quality'] <= 100:
-        raise Fail("'seed' must be at least 0, 'generator.steps' at least 1, 'beton_quality' in 1..100, not "
-                   f"{config['seed']}, {value('generator.steps')}, {config['beton_quality']}")
-    if config['image_size'] is not None and (type(config['image_size']) is not int or config['image_size'] < 1):
-        raise Fail(f"'image_size' must be a number of pixels or null, not {config['image_size']!r}")
+    elsewhere, generated = config['source'] == 'folder', config['strategy'] != 'none'
+    needs = {'views_root': 'folder'} if elsewhere else {'proportions': 'folder', 'model': 'folder'} if generated else {}
+    check_values(config, {**ALLOWED, **needs})
+    if elsewhere and (not generated or config['views_per_image'] > 1):
+        raise Fail('source: folder packs one view an image; set views_per_image to 1, strategy to another than none')
+    for name in config['generator']['fallbacks']:
+        if not isinstance(name, str):
+            raise Fail(f'generator.fallbacks: {name!r} is no folder or hub id')
 
 
 def noise_levels(config, source):

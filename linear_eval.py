@@ -16,12 +16,12 @@ or shows the results; SIGTERM and SIGUSR1 leave at the next step.
 """
 import json
 import math
+import os
 import time
 from contextlib import closing, suppress
 from copy import deepcopy
 from functools import partial
 from hashlib import sha256
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -32,31 +32,31 @@ from tqdm import tqdm
 
 from augment import recipe_row
 from checkpoints import backbone_of, digest
-from common import (Fail, Log, Processes, StopSignal, answered, earlier, load_checkpoint, precision_dtype, run,
-                    save_checkpoint, save_json, seed_everything)
-from data import PairLoader
+from common import (Fail, Log, Processes, StopSignal, answered, check_values, earlier, load_checkpoint,
+                    precision_dtype, run, run_folder, save_checkpoint, save_json, seed_everything)
+from data import PairLoader, check_size
 from features import Encoder, all_features, class_map, hits, knn_accuracy, labelled, percent, plain_images
 
 DEFAULTS = """
-checkpoint: null        # backbone.pt of pretrain.py, or another's file (.pth, .safetensors)
+checkpoint: !text null  # backbone.pt of pretrain.py, or another's file (.pth, .safetensors)
 backbone:               # what another's file does not say
-  arch: null            # timm architecture, of networks other than ResNet and ViT, e.g. tf_efficientnet_lite0
-  heads: null           # attention heads of a ViT-S: 6 (timm, DeiT, DINO) | 12 (MoCo v3)
-  prefix: null          # of the network that is meant, where several compete, e.g. teacher.backbone
-train_beton: null       # labelled training images
-test_beton: null        # labelled test images
-metric: null            # of the summary: top1 | mean_per_class; null: as usual for the set, mean_per_class of
+  arch: !text null      # timm architecture, of networks other than ResNet and ViT, e.g. tf_efficientnet_lite0
+  heads: !int null      # attention heads of a ViT-S: 6 (timm, DeiT, DINO) | 12 (MoCo v3)
+  prefix: !text null    # of the network that is meant, where several compete, e.g. teacher.backbone
+train_beton: !text null # labelled training images
+test_beton: !text null  # labelled test images
+metric: !text null      # of the summary: top1 | mean_per_class; null: as usual for the set, mean_per_class of
                         # OxfordIIITPet, Caltech101, Flowers102 and FGVCAircraft (results.json has both)
-output: null            # run folder; null: <checkpoint without suffix>_eval
+output: !text null      # run folder; null: <checkpoint without suffix>_eval
 seed: 0                 # of the classifiers, data order and augmentation
 device: auto            # auto | cpu | cuda
 precision: auto         # of the frozen backbone: auto | fp32 | bf16 | fp16; classifiers are float32
 num_workers: 8          # threads per process that decode
 
-normalization: null     # null: the checkpoint's own (where it has none: imagenet) | clip | imagenet | cifar10 |
-                        # [[r, g, b], [r, g, b]] (mean, std)
-image_size: null        # pixels; null: the checkpoint's own (where it has none: 224)
-resize: null            # shorter side before the centre crop of evaluation, pixels; null: image_size
+normalization: !texts null  # null: the checkpoint's own (where it has none: imagenet) | clip | imagenet | cifar10 |
+                            # [[r, g, b], [r, g, b]] (mean, std)
+image_size: !int null   # pixels; null: the checkpoint's own (where it has none: 224)
+resize: !int null       # shorter side before the centre crop of evaluation, pixels; null: image_size
 batch: 512              # images per process when features are computed
 keep_features: false    # keep *_features.pt of un-augmented images: the next question about them needs no encoder
 
@@ -86,34 +86,20 @@ PER_CLASS = ('OxfordIIITPet', 'Caltech101', 'Flowers102', 'FGVCAircraft')  # usu
 BOOKKEEPING = ('output', 'device', 'num_workers', 'batch', 'knn.batch', 'keep_features', 'tensorboard', 'checkpoint')
 
 
+ALLOWED = {
+    'checkpoint': 'file', 'train_beton': 'file', 'test_beton': 'file', 'heads': (1, 64),
+    'metric': ['top1', 'mean_per_class'], 'seed': (0, 10 ** 12), 'num_workers': (1, 1024), 'image_size': (1, 1024),
+    'resize': (1, 4096), 'batch': (1, 10 ** 5), 'k': (1, 10 ** 7), 'temperature': (0.02, 100.0),
+    'optimizer': list(OPTIMIZERS), 'lr': (1e-12, 1000.0), 'more_lrs': (1e-12, 1000.0), 'milestones': (1, 10 ** 6),
+    'final_share': (0.0, 1.0), 'epochs': (1, 10 ** 6), 'batch_size': (1, 10 ** 6), 'momentum': (0.0, 0.9999),
+    'weight_decay': (0.0, 0.999)}
+
+
 def check(config, world):
-    for key in ('checkpoint', 'train_beton', 'test_beton'):
-        if not isinstance(config[key], str):
-            raise Fail(f'{key}: must name a file, e.g. {key}=runs/...')
-    linear, knn = config['linear'], config['knn']
-    for key, value, known in (('metric', config['metric'], (None, 'top1', 'mean_per_class')),
-                              ('linear.optimizer', linear['optimizer'], OPTIMIZERS)):
-        if value not in known:
-            raise Fail(f"{key}: {value!r} is none of {', '.join(filter(None, known))}")
-    for key, value in (('batch', config['batch']), ('num_workers', config['num_workers']),
-                       ('knn.k', knn['k']), ('knn.batch', knn['batch']),
-                       ('linear.epochs', linear['epochs']), ('linear.batch_size', linear['batch_size']),
-                       ('image_size', config['image_size'] or 1), ('resize', config['resize'] or 1),
-                       *(('linear.milestones', epoch) for epoch in linear['milestones'])):
-        if type(value) is not int or value < 1:
-            raise Fail(f'{key}: {value} must be a whole number of at least 1')
-    for key, value in (('knn.temperature', knn['temperature']), ('linear.lr', linear['lr']),
-                       *(('linear.more_lrs', lr) for lr in linear['more_lrs'])):
-        if not isinstance(value, (int, float)) or not value > 0:
-            raise Fail(f'{key}: {value} must be above 0')
-    for key in ('momentum', 'weight_decay'):
-        if not linear[key] >= 0:
-            raise Fail(f'linear.{key}: {linear[key]} must be at least 0')
-    if not 0 <= linear['final_share'] <= 1:
-        raise Fail(f"linear.final_share: {linear['final_share']} must be in [0, 1]")
-    if linear['batch_size'] % world:
-        raise Fail(f"linear.batch_size: {linear['batch_size']} (of all processes together) is not a multiple of the "
-                   f'{world} processes')
+    check_values(config, ALLOWED)
+    if config['linear']['batch_size'] % world:
+        raise Fail(f"linear.batch_size: {config['linear']['batch_size']} (of all processes together) is not a multiple "
+                   f'of the {world} processes')
 
 
 def schedule(step, steps, linear):
@@ -199,14 +185,16 @@ def main(config):
     check(config, processes.world)
     device, linear, knn = processes.device, config['linear'], config['knn']
     dtype = precision_dtype(config['precision'], device)
+    folder = run_folder(config['output'] or f"{os.path.splitext(config['checkpoint'])[0]}_eval")
     backbone, info = backbone_of(config)
-    size, folder = info['image_size'], Path(config['output'] or f"{Path(config['checkpoint']).with_suffix('')}_eval")
+    size = info['image_size']
 
     # Data: everything is checked before anything is written or computed
     recipe = {'size': size, 'resize': config['resize'] or size, 'crop_scale': None}
     augmented = {'size': size, 'crop_scale': linear['crop_scale'], 'flip': linear['flip']}
     recipe_row(augmented, 'linear')
     loaders = {part: labelled(config[f'{part}_beton'], recipe, processes) for part in ('train', 'test')}
+    enlarged = [check_size(loader, {'image_size': size}, meant=config['image_size']) for loader in loaders.values()]
     known, sidecars = class_map(*loaders.values()), {part: loader.sidecar for part, loader in loaders.items()}
     n_train, n_test = (sidecar['samples'] for sidecar in sidecars.values())
     if knn['k'] > n_train:
@@ -226,7 +214,7 @@ def main(config):
     saved = earlier(checkpoint, identity, BOOKKEEPING, anew=True, needs=('probes', 'optimizer', 'epoch'))
 
     stop, log, begin = StopSignal(), Log(folder, config, processes.main, config['tensorboard']), time.perf_counter()
-    log.write(f"{info['text']}; {n_train} training and {n_test} test images")
+    log.write('; '.join([info['text'], f'{n_train} training and {n_test} test images', *filter(None, enlarged)]))
     seed_everything(config['seed'])
     encoder = Encoder(backbone, info['mean'], info['std'], device, dtype)
 
@@ -291,6 +279,10 @@ def main(config):
             raise Fail(f"linear probe: the loss is not finite in epoch {epoch + 1}; lower linear.lr")
         log.write(None, step=epoch + 1, loss=loss_sum[0].item(), lr=optimizer.param_groups[0]['lr'],
                   **({'losses': loss_sum.tolist()} if len(lrs) > 1 else {}))
+        worse = [str(lr) for lr, loss in zip(lrs, loss_sum.tolist()) if not loss <= math.log(classes)]
+        if epoch + 1 == linear['epochs'] and worse:
+            log.write(f"linear probe: with lr {', '.join(worse)} the loss of the last epoch is above that of guessing: "
+                      'it has diverged, its accuracy says nothing')
         if processes.main and (linear['augment'] or time.perf_counter() - last_saved > 60):
             save_checkpoint(checkpoint, {'probes': probes.state_dict(), 'optimizer': optimizer.state_dict(),
                                          'epoch': epoch + 1, 'config': identity})

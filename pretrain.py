@@ -22,7 +22,6 @@ BYOL's, but for batch norm and quality weights, which are those of the micro-bat
 micro-batches already find the keys of earlier ones in the queue. The negatives of MoCo v3 and SimCLR, the codes of SwAV
 and the statistics of VICReg are those of the micro-batch: there it is another, smaller-batch method.
 """
-import difflib
 import json
 import math
 import sys
@@ -30,7 +29,6 @@ import time
 from contextlib import closing, nullcontext
 from hashlib import sha256
 from itertools import count, islice
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -38,17 +36,17 @@ from timm.optim import Lars
 from tqdm import tqdm
 
 from checkpoints import NORMALIZATIONS, normalization, save_backbone
-from common import (Fail, Log, Processes, StopSignal, earlier, precision_dtype, random_states, restore, run,
-                    save_checkpoint, seed_everything)
+from common import (Fail, Log, Processes, StopSignal, check_values, earlier, precision_dtype, random_states,
+                    restore, run, run_folder, save_checkpoint, seed_everything)
 from data import PairLoader, check_size
 from features import Monitor
 from frozen_clip import Quality
-from models import (METHODS, VITS, average_running_statistics, cosine, describe, distributed, global_mean,
-                    synchronize_batch_norm)
+from models import (BLOCKS as RESNETS, METHODS, VITS, average_running_statistics, cosine, describe, distributed,
+                    global_mean, synchronize_batch_norm)
 from pictures import curves
 
 DEFAULTS = """
-output: null            # run folder, e.g. runs/cifar10/pretrain
+output: !text null      # run folder, e.g. runs/cifar10/pretrain
 seed: 0                 # of initialisation, data order, augmentations and shuffling
 device: auto            # auto | cpu | cuda
 precision: auto         # auto | fp32 (GPU: products in TF32) | bf16 | fp16 (GPU, with loss scaling; a loss that is not
@@ -56,13 +54,14 @@ precision: auto         # auto | fp32 (GPU: products in TF32) | bf16 | fp16 (GPU
 compile: false          # torch.compile of the backbone: the first steps take minutes, the others less
 
 data:
-  beton: null           # paired beton written by gen_views.py, or a list: together one training set (GenView Table 4)
+  beton: !texts null    # paired beton of gen_views.py, or a list: together one training set (GenView Table 4)
   alpha: 1.0            # probability that one view of a pair comes from the synthetic image (GenView Table 8)
   swap: random          # which one: random (per sample and epoch, as the official code) | first (query) | second (key)
   num_workers: 8        # threads per process that decode and augment
 
 image_size: 224         # pixels, side of a view
-normalization: null     # null = clip (as the official code) | imagenet | cifar10 | [[r, g, b], [r, g, b]] (mean, std)
+normalization: !texts null  # null = clip (as the official code) | imagenet | cifar10 |
+                        # [[r, g, b], [r, g, b]] (mean, std)
 view_1:                 # augmentation of the query; MoCo v2's and SimSiam's recipe
   crop_scale: [0.2, 1.0]        # share of the image's area
   flip: 0.5                     # probability
@@ -91,7 +90,7 @@ backbone:
   arch: resnet50        # resnet18 | resnet34 | resnet50 | resnet101 | vit_small (12 heads) | vit_base
   stem: imagenet        # ResNet: imagenet (7x7 stride 2, max-pool) | cifar (3x3 stride 1, no max-pool)
   width: 64             # ResNet: channels of the first stage; 64 is the published network, 32 a quarter of its cost
-  zero_init_residual: null  # ResNet: last norm of each block starts at 0; null: as the method's official code
+  zero_init_residual: !bool null # ResNet: last norm of each block starts at 0; null: as the method's official code
   patch_size: 16        # ViT: pixels
 
 # Of the seven blocks that follow, the one of the method counts; the others are not looked at. dim: of the projection,
@@ -145,9 +144,9 @@ quality:                # quality-driven contrastive loss (GenView section 3.4)
   enabled: false
   clip:                 # frozen encoder
     model: convnext_base_w
-    pretrained: null    # hub tag or local weights file; null for a folder or 'hf-hub:...'
-    image_size: null    # pixels; null: the encoder's own. Views of another size are interpolated
-  pc: null              # fg_proportion.npz made with the same encoder, or a .npy of shape (K,) or (K, 1)
+    pretrained: !text null # hub tag or local weights file; null for a folder or 'hf-hub:...'
+    image_size: !int null # pixels; null: the encoder's own. Views of another size are interpolated
+  pc: !text null        # fg_proportion.npz made with the same encoder, or a .npy of shape (K,) or (K, 1)
   temperature: 1.0      # of the softmax over the pairs (eq. 13: 1)
 
 optimizer:
@@ -157,22 +156,22 @@ optimizer:
   warmup_epochs: 0
   momentum: 0.9         # sgd and lars; adamw has betas 0.9 and 0.999
   weight_decay: 0.0001
-  exclude_1d: null      # norm scales and biases without weight decay and LARS adaptation; null: as the official codes,
+  exclude_1d: !bool null # norm scales and biases without weight decay and LARS adaptation; null: as the official codes,
                         # true for lars but with SwAV, false for sgd and adamw
-  clip_grad: null       # largest norm of the gradient; null: as it is
+  clip_grad: !float null # largest norm of the gradient; null: as it is
 epochs: 200
 batch_size: 256         # of a step: all processes and micro-batches together
 accumulate: 1           # micro-batches of a step, one after the other
 
 knn:                    # monitor: weighted kNN on the backbone's features, without influence on the run
   every: 0              # epochs; 0: never
-  train_beton: null     # labelled images; of a beton only `image` is used
-  test_beton: null
+  train_beton: !text null # labelled images; of a beton only `image` is used
+  test_beton: !text null
   k: 200
   temperature: 0.07
 log_every: 50           # steps
 save_every_epochs: 1
-save_every_steps: null  # additionally within an epoch
+save_every_steps: !int null # additionally within an epoch
 requeue: false          # on SIGUSR1 (#SBATCH --signal=USR1@120) save, then `scontrol requeue` the Slurm job; torchrun
                         # must be told to hand the signal on, see above
 tensorboard: true
@@ -182,50 +181,31 @@ tensorboard: true
 BOOKKEEPING = ('output', 'device', 'compile', 'data.num_workers', 'knn', 'log_every', 'save_every_epochs',
                'save_every_steps', 'requeue', 'tensorboard')
 BLOCKS = {name: 'moco' if name == 'mocov2' else name for name in METHODS}  # a method's block in the config
-# Smallest whole number by the last part of a key, or all of it.
-LEAST = {'epochs': 1, 'batch_size': 1, 'accumulate': 1, 'seed': 0, 'image_size': 8, 'log_every': 1, 'size': 8,
-         'count': 0, 'save_every_epochs': 1, 'save_every_steps': 1, 'every': 0, 'k': 1, 'dim': 1, 'hidden': 1,
-         'layers': 1, 'prototypes': 1, 'iterations': 1, 'bn_splits': 1, 'queue': 0, 'moco.queue': 1,
-         'queue_from_epoch': 0, 'freeze_prototypes': 0}
-
-
-def flat(config, prefix=''):
-    """Nested dict -> {'key.sub': value}."""
-    parts = [flat(v, f'{prefix}{k}.') if isinstance(v, dict) else {f'{prefix}{k}': v} for k, v in config.items()]
-    return {key: value for part in parts for key, value in part.items()}
+EVER = 10 ** 9
+ALLOWED = {
+    'output': 'folder', 'beton': 'file', 'method': list(METHODS), 'alpha': (0.0, 1.0),
+    'swap': ['random', 'first', 'second'], 'seed': (0, 10 ** 12), 'num_workers': (1, 1024), 'image_size': (8, 1024),
+    'size': (8, 1024), 'count': (0, 100),
+    'arch': [*RESNETS, *VITS], 'stem': ['imagenet', 'cifar'], 'width': (8, 1024), 'patch_size': (1, 1024),
+    'dim': (1, 32768), 'hidden': (1, 32768), 'layers': (1, 10), 'prototypes': (1, 10 ** 6), 'iterations': (1, 1000),
+    'moco.queue': (1, 10 ** 7), 'queue': (0, 10 ** 7), 'queue_from_epoch': (0, EVER), 'freeze_prototypes': (0, EVER),
+    'bn_splits': (1, 4096), 'momentum': (0.0, 0.999999), 'momentum_end': (0.0, 1.0), 'temperature': (0.001, 100.0),
+    'epsilon': (0.001, 100.0), 'invariance': (0.0, 1e6), 'variance': (0.0, 1e6), 'covariance': (0.0, 1e6),
+    'lr': (1e-12, 1000.0), 'final_lr': (0.0, 1000.0), 'optimizer.momentum': (0.0, 0.9999),
+    'weight_decay': (0.0, 0.999), 'clip_grad': (1e-12, 1e12), 'epochs': (1, 10 ** 6), 'batch_size': (1, 10 ** 6),
+    'accumulate': (1, 10 ** 6), 'every': (0, EVER), 'k': (1, 10 ** 7), 'knn.temperature': (0.02, 100.0),
+    'log_every': (1, EVER), 'save_every_epochs': (1, EVER), 'save_every_steps': (1, EVER)}
 
 
 def check(config, world):
     """What can be wrong in the config beyond names and types, before anything is written."""
-    method, data, knn, optimizer = (config[key] for key in ('method', 'data', 'knn', 'optimizer'))
-    betons = data['beton'] if isinstance(data['beton'], list) and data['beton'] else [data['beton']]
-    for key, value in (('output', config['output']), *(('data.beton', path) for path in betons),
-                       *((f'knn.{key}', knn[key]) for key in ('train_beton', 'test_beton') if knn['every'])):
-        if not isinstance(value, str):
-            raise Fail(f'{key}: must name a {"folder" if key == "output" else "file"}, e.g. {key}=runs/...')
-    for key, value, known in (('method', method, METHODS), ('optimizer.name', optimizer['name'], OPTIMIZERS)):
-        if value not in known:
-            near = difflib.get_close_matches(value, known, 1, 0.7)
-            hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(known)}"
-            raise Fail(f"{key}: '{value}' is unknown; {hint}")
-    block, unused = BLOCKS[method], set(BLOCKS.values()) - {BLOCKS[method]}
+    method, optimizer = config['method'], config['optimizer']
+    block = BLOCKS.get(method)
+    allowed = {**ALLOWED, 'optimizer.name': list(OPTIMIZERS)}
+    if config['knn']['every']:
+        allowed |= {'train_beton': 'file', 'test_beton': 'file'}
+    check_values({k: v for k, v in config.items() if k == block or k not in BLOCKS.values()}, allowed)
     settings, batch, accumulate = config[block], config['batch_size'], config['accumulate']
-    for key, value in flat({k: v for k, v in config.items() if k not in unused}).items():
-        last = key.rpartition('.')[2]
-        least = LEAST.get(key, LEAST.get(last))
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if value is None:
-            continue
-        if least is not None and (type(value) is not int or value < least):
-            raise Fail(f'{key}: {value} must be a whole number of at least {least}')
-        if last in ('lr', 'clip_grad', 'temperature', 'epsilon') and not (number and value > 0):
-            raise Fail(f'{key}: {value} must be above 0')
-        if last in ('momentum', 'momentum_end') and not 0 <= value <= 1:
-            raise Fail(f'{key}: {value} must be in [0, 1]')
-        if last in ('weight_decay', 'final_lr', 'invariance', 'variance', 'covariance') and not value >= 0:
-            raise Fail(f'{key}: {value} must not be below 0')
-        if last in ('zero_init_residual', 'exclude_1d') and type(value) is not bool:
-            raise Fail(f'{key}: {value} must be true, false or null')
     if not 0 <= optimizer['warmup_epochs'] <= config['epochs']:
         raise Fail(f"optimizer.warmup_epochs: {optimizer['warmup_epochs']} must be in [0, epochs = {config['epochs']}]")
     if config['small_crops']['count'] and method != 'swav':
@@ -415,7 +395,7 @@ def main(config):
     mean, std = normalization(config['normalization'], NORMALIZATIONS['clip'])
     dtype = precision_dtype(config['precision'], device)
     settings, epochs, accumulate = (config[key] for key in ('optimizer', 'epochs', 'accumulate'))
-    folder = Path(config['output'])
+    folder = run_folder(config['output'])
     checkpoint, finished = folder / 'checkpoint.pt', folder / 'backbone.pt'
     saved = earlier(checkpoint, config, (*BOOKKEEPING, *{*BLOCKS.values()} - {BLOCKS[config['method']]}),
                     needs=('model', 'optimizer', 'scaler', 'epoch', 'step', 'random', 'beton'))

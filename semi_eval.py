@@ -15,6 +15,7 @@ batch norm are those of the global batch.
 """
 import json
 import math
+import os
 import time
 from contextlib import closing
 from hashlib import sha256
@@ -27,36 +28,37 @@ from torch import nn
 from tqdm import tqdm
 
 from checkpoints import backbone_of, digest
-from common import (Fail, Log, Processes, StopSignal, answered, atomic, earlier, load_arrays, precision_dtype,
-                    random_states, restore, run, save_checkpoint, save_json, seed_everything)
-from data import PairLoader
+from common import (Fail, Log, Processes, StopSignal, answered, atomic, check_values, earlier, load_arrays,
+                    precision_dtype, random_states, restore, run, run_folder, save_checkpoint, save_json,
+                    seed_everything)
+from data import PairLoader, check_size
 from features import class_map, hits, labelled, percent, plain_images
 from models import average_running_statistics, distributed, global_mean, normalize, synchronize_batch_norm
 from sources import same_images, source_dataset
 
 DEFAULTS = """
-checkpoint: null        # backbone.pt of pretrain.py, or another's file (.pth, .safetensors)
+checkpoint: !text null  # backbone.pt of pretrain.py, or another's file (.pth, .safetensors)
 backbone:               # what another's file does not say
-  arch: null            # timm architecture, of networks other than ResNet and ViT
-  heads: null           # attention heads of a ViT-S: 6 (timm, DeiT, DINO) | 12 (MoCo v3)
-  prefix: null          # of the network that is meant, where several compete
-train_beton: null       # all training images, labelled
-test_beton: null        # labelled test images
+  arch: !text null      # timm architecture, of networks other than ResNet and ViT
+  heads: !int null      # attention heads of a ViT-S: 6 (timm, DeiT, DINO) | 12 (MoCo v3)
+  prefix: !text null    # of the network that is meant, where several compete
+train_beton: !text null # all training images, labelled
+test_beton: !text null  # labelled test images
 subset:                 # the training images whose labels are used
   share: 0.01           # of them, the same number of each class; not looked at when there is a file
-  file: null            # list, one image a line: its file name, as in SimCLR's imagenet_subsets/1percent.txt and
+  file: !text null      # list, one image a line: its file name, as in SimCLR's imagenet_subsets/1percent.txt and
                         # 10percent.txt, or its index in the dataset, as in subset.txt
-  root: null            # where the dataset lies, for file names; null: as when the beton was written
-output: null            # run folder; null: <checkpoint without suffix>_semi
+  root: !text null      # where the dataset lies, for file names; null: as when the beton was written
+output: !text null      # run folder; null: <checkpoint without suffix>_semi
 seed: 0                 # of subset, classifier, data order and augmentation
 device: auto            # auto | cpu | cuda
 precision: auto         # auto | fp32 | bf16 | fp16 (GPU, with loss scaling); auto: bf16 where the hardware has it
 num_workers: 8          # threads per process that decode
 
-normalization: null     # null: the checkpoint's own (where it has none: imagenet) | clip | imagenet | cifar10 |
-                        # [[r, g, b], [r, g, b]] (mean, std)
-image_size: null        # pixels; null: the checkpoint's own (where it has none: 224)
-resize: null            # shorter side before the centre crop of evaluation, pixels; null: image_size
+normalization: !texts null  # null: the checkpoint's own (where it has none: imagenet) | clip | imagenet | cifar10 |
+                            # [[r, g, b], [r, g, b]] (mean, std)
+image_size: !int null   # pixels; null: the checkpoint's own (where it has none: 224)
+resize: !int null       # shorter side before the centre crop of evaluation, pixels; null: image_size
 batch: 256              # test images per process at a time
 
 epochs: 20
@@ -77,25 +79,18 @@ tensorboard: false
 BOOKKEEPING = ('checkpoint', 'output', 'device', 'num_workers', 'batch', 'log_every', 'tensorboard', 'subset.root')
 
 
+ALLOWED = {
+    'checkpoint': 'file', 'train_beton': 'file', 'test_beton': 'file', 'heads': (1, 64), 'share': (1e-9, 1.0),
+    'seed': (0, 10 ** 12), 'num_workers': (1, 1024), 'image_size': (1, 1024), 'resize': (1, 4096),
+    'batch': (1, 10 ** 5), 'epochs': (1, 10 ** 6), 'batch_size': (1, 10 ** 5), 'lr_backbone': (1e-12, 1000.0),
+    'lr_head': (1e-12, 1000.0), 'milestones': (1, 10 ** 6), 'gamma': (1e-12, 1.0), 'momentum': (0.0, 0.9999),
+    'weight_decay': (0.0, 0.999), 'log_every': (1, 10 ** 9)}
+
+
 def check(config, world):
-    for key in ('checkpoint', 'train_beton', 'test_beton'):
-        if not isinstance(config[key], str):
-            raise Fail(f'{key}: must name a file, e.g. {key}=runs/...')
-    for key, value in (*((k, config[k]) for k in ('epochs', 'batch_size', 'batch', 'log_every', 'num_workers')),
-                       ('image_size', config['image_size'] or 1), ('resize', config['resize'] or 1),
-                       *(('milestones', epoch) for epoch in config['milestones'])):
-        if type(value) is not int or value < 1:
-            raise Fail(f'{key}: {value} must be a whole number of at least 1')
-    for key in ('lr_backbone', 'lr_head', 'gamma'):
-        if not config[key] > 0:
-            raise Fail(f'{key}: {config[key]} must be above 0')
-    for key in ('momentum', 'weight_decay'):
-        if not config[key] >= 0:
-            raise Fail(f'{key}: {config[key]} must be at least 0')
+    check_values(config, ALLOWED)
     if config['nesterov'] and not config['momentum']:
         raise Fail('nesterov: needs a momentum above 0')
-    if not 0 < config['subset']['share'] <= 1:
-        raise Fail(f"subset.share: {config['subset']['share']} must be in (0, 1]; 0.01 is 1 %")
     if config['batch_size'] % world or config['batch_size'] // world < 2:
         raise Fail(f"batch_size: {config['batch_size']} (of all processes together) must be a multiple of the {world} "
                    'processes, and leave each of them two images')
@@ -208,13 +203,16 @@ def main(config):
     device, world = processes.device, processes.world
     check(config, world)
     dtype = precision_dtype(config['precision'], device)
+    folder = run_folder(config['output'] or f"{os.path.splitext(config['checkpoint'])[0]}_semi")
     backbone, info = backbone_of(config)
-    size, folder = info['image_size'], Path(config['output'] or f"{Path(config['checkpoint']).with_suffix('')}_semi")
+    size = info['image_size']
 
     # Data: everything is checked before anything is written
     recipe = {'size': size, 'crop_scale': config['crop_scale'], 'flip': config['flip']}
     plain = {'size': size, 'resize': config['resize'] or size, 'crop_scale': None}
     everything, every_test = (labelled(config[f'{part}_beton'], plain, processes) for part in ('train', 'test'))
+    enlarged = [check_size(loader, {'image_size': size}, meant=config['image_size'])
+                for loader in (everything, every_test)]
     labels, indices = (everything.metadata[field].astype(np.int64) for field in ('f2', 'f3'))
     n_test, known = len(every_test.metadata), class_map(everything, every_test)
     classes = int(labels.max()) + 1
@@ -257,7 +255,8 @@ def main(config):
     if processes.main:
         atomic(folder / 'subset.txt', lambda p: p.write_text(''.join(f'{i}\n' for i in indices[chosen])))
     log.write(f"{info['text']}; {len(chosen)} of {len(labels)} images, {classes} classes, {n_test} test images"
-              + f'; {lost} of the list are not in the beton' * (lost > 0))
+              + f'; {lost} of the list are not in the beton' * (lost > 0)
+              + ''.join(f'; {text}' for text in enlarged if text))
     decay = f"x {config['gamma']} after epochs {config['milestones']}" if config['milestones'] else 'cosine'
     log.write(f"SGD, lr {config['lr_backbone']} (backbone) and {config['lr_head']} (head), not scaled by the batch; "
               f"{decay}, momentum {config['momentum']}, weight decay {config['weight_decay']}, {config['epochs']} "

@@ -158,6 +158,8 @@ def source_dataset(spec):
     root, home, paths, note = Path(root), Path(root), None, None
     if split not in ('train', 'test', 'val'):
         raise Fail(f'dataset: split {split!r} is not one of train, test, val')
+    if subset is not None and (type(subset) is not int or subset < 1):  # before anything is fetched
+        raise Fail(f'dataset: subset {subset!r} is not a number of images; null takes all')
     patience = socket.getdefaulttimeout()
     socket.setdefaulttimeout(20)                         # seconds; torchvision sets none and would wait for ever
     try:
@@ -170,7 +172,6 @@ def source_dataset(spec):
             read = lambda k: Image.open(home / paths[k])
         else:
             read, labels, classes, paths = _torchvision(name, root, split, download)
-        return Source(name, read, labels, classes, paths, home, note, subset)
     except Exception as e:                               # torchvision and the network: any type, often several lines
         text = str(e) if isinstance(e, Fail) else f'dataset {name} in {root}: {" ".join(str(e).split())}'
         source, there = HOMES.get(name, (None, ''))
@@ -179,6 +180,7 @@ def source_dataset(spec):
         raise Fail(text) from e
     finally:
         socket.setdefaulttimeout(patience)
+    return Source(name, read, labels, classes, paths, home, note, subset)
 
 
 def shrink(image, side):

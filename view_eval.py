@@ -19,22 +19,22 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import Fail, Log, Processes, answered, precision_dtype, run, save_json
-from data import PairLoader
+from common import Fail, Log, Processes, answered, check_values, precision_dtype, run, run_folder, save_json
+from data import PairLoader, check_size
 from features import everywhere
 from frozen_clip import FrozenClip, Quality
 from loss import pair_quality
 from pictures import grid, histograms
 
 DEFAULTS = """
-pairs: null             # paired beton of gen_views.py
-output: null            # run folder; null: view_eval beside the beton
+pairs: !text null       # paired beton of gen_views.py
+output: !text null      # run folder; null: view_eval beside the beton
 clip:                   # frozen encoder (Table 10: the one of the generator, ViT-H-14 laion2b_s32b_b79k)
   model: tiny/clip      # open_clip architecture, hf-hub:owner/name, or a local folder
-  pretrained: null      # hub tag or local weights file of an architecture; null for a folder or hub id
-  image_size: null      # pixels; null: the model's own
+  pretrained: !text null # hub tag or local weights file of an architecture; null for a folder or hub id
+  image_size: !int null # pixels; null: the model's own
 quality:
-  pc: null              # fg_proportion.npz made with the same encoder; null: the quality of the pairs is not measured
+  pc: !text null        # fg_proportion.npz made with the same encoder; null: the quality of the pairs is not measured
 images: 50000           # pairs, drawn at random (appendix B); null: all
 examples: 20            # worst and as many best pairs in pairs.png
 batch: 256              # pairs per process
@@ -47,12 +47,12 @@ BLOCK = 2 ** 28         # cosines at a time: 1 GB
 BOOKKEEPING = ('output', 'batch', 'num_workers', 'device')  # do not shape the result
 
 
+ALLOWED = {'pairs': 'file', 'image_size': (1, 4096), 'images': (2, 10 ** 10), 'examples': (1, 1000),
+           'batch': (1, 10 ** 5), 'num_workers': (1, 1024), 'seed': (0, 10 ** 12)}
+
+
 def check(config):
-    if not isinstance(config['pairs'], str):
-        raise Fail('pairs: must name a paired beton of gen_views.py, e.g. pairs=runs/cifar10/views/pairs.beton')
-    for key, least in (('images', 2), ('examples', 1), ('batch', 1), ('num_workers', 1), ('seed', 0)):
-        if config[key] is not None and config[key] < least:
-            raise Fail(f'{key}: {config[key]} must be at least {least}')
+    check_values(config, ALLOWED)
 
 
 def loader_of(config, size, positions, verify=False):
@@ -109,8 +109,8 @@ def main(config):
     check(config)
     processes = Processes(config['device'])
     dtype = precision_dtype(config['precision'], processes.device)
+    folder = run_folder(config['output'] or Path(config['pairs']).parent / 'view_eval')
     whole = loader_of(config, 8, None, verify=processes.main)
-    folder = Path(config['output'] or Path(config['pairs']).parent / 'view_eval')
     identity, path = {**config, 'crc32': whole.sidecar['crc32']}, folder / 'results.json'
     if answered(path, identity, BOOKKEEPING, processes, anew=True):
         return
@@ -127,11 +127,12 @@ def main(config):
         quality = Quality({'clip': config['clip'], **config['quality'], 'temperature': 1.0}, processes.device)
         clip, pc = quality.clip, quality.pc
     clip = clip or FrozenClip(config['clip'], processes.device)
+    enlarged = check_size(whole, {'clip.image_size': clip.image_size}, meant=True)
     log = Log(folder, config, processes.main)
     strategy = whole.sidecar['settings'].get('strategy', 'unknown')
     log.write(f"{config['pairs']}: {len(positions):,} pairs, strategy {strategy}; {without:,} images have no view; "
               f"{config['clip']['model']}, {clip.image_size} px, {processes.world} x {processes.device.type}, "
-              f'{str(dtype)[6:]}')
+              f'{str(dtype)[6:]}' + f'; {enlarged}' * bool(enlarged))
 
     originals, views, quality = embed(config, clip, pc, positions, processes, dtype)
     cosine, unrelated = (originals * views).sum(1), (originals * views.roll(len(views) // 2, 0)).sum(1)

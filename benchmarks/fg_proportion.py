@@ -18,11 +18,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 
 import bench
 import fg_proportion
-from common import Log, Processes, precision_dtype
+from common import Log, Processes, default_config, precision_dtype
 from frozen_clip import FrozenClip
 from sources import source_dataset
 
@@ -32,7 +31,7 @@ options = bench.options(name='CIFAR10', root='data/cifar10', split='train', imag
 if __name__ == '__main__':
     processes = Processes()
     device = processes.device
-    config = yaml.safe_load(fg_proportion.DEFAULTS)
+    config = default_config(fg_proportion.DEFAULTS)
     config.update(batch_size=options['batch_size'], num_workers=options['workers'])
     source = source_dataset({'name': options['name'], 'root': options['root'], 'split': options['split']})
     clip = FrozenClip({'model': options['model'], 'pretrained': options['pretrained'] or None}, device)

@@ -21,7 +21,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-import yaml
 from diffusers import ModelMixin
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
@@ -30,6 +29,7 @@ import bench
 import gen_views
 from bench import ROOT
 from chunks import encode_view
+from common import default_config
 from frozen_clip import FrozenClip
 from generators import UnCLIP
 
@@ -136,7 +136,7 @@ def main():
     seconds = options['seconds'] or (60 if gpu else 15)
     device = torch.device(options['device'])
     stored = (512, 'jpg') if full else (32, 'png')  # size and format of the views
-    spec = {**yaml.safe_load(gen_views.DEFAULTS)['generator'], 'model': str(ROOT / 'tiny/unclip'),
+    spec = {**default_config(gen_views.DEFAULTS)['generator'], 'model': str(ROOT / 'tiny/unclip'),
             'steps': options['steps'], 'guidance_scale': 10.0 if full else 2.0,
             **{k: bool(options[k]) for k in ('compile', 'vae_slicing')}}
     levels, random = gen_views.LEVELS, np.random.default_rng(0)

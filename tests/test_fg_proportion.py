@@ -408,8 +408,9 @@ def test_missing_yaml_is_one_line_and_code_2(tmp_path):
 
 
 @pytest.mark.parametrize('change, words', [
-    ({'batch_size': 0}, 'batch_size: must be at least 1'), ({'foreground_share': 1.0}, 'foreground_share: must lie'),
-    ({'sign': 2}, 'sign: must be 1, -1 or null'), ({'precision': 'fp8'}, "precision: 'fp8' is unknown"),
+    ({'batch_size': 0}, 'batch_size: 0 must be a whole number from 1'),
+    ({'foreground_share': 1.0}, 'foreground_share: 1.0 must be a number from 0.001 to 0.999'),
+    ({'sign': 2}, 'sign: 2 is none of 1, -1'), ({'precision': 'fp8'}, "precision: 'fp8' is unknown"),
     ({'pca': 'wide.npy'}, 'wide.npy: has 25 entries, but the tokens of this encoder have 24'),
     ({'pca': 'flat.npy'}, 'flat.npy: must be one .npy array of shape'),
     ({'pca': 'text.npy'}, 'text.npy: is text'),

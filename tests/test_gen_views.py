@@ -227,18 +227,18 @@ def test_strategies(settings, tmp_path):
 
 
 @pytest.mark.parametrize('changes, message', [
-    ({'strategy': 'adaptiv'}, "'strategy' must be one of adaptive"),
-    ({'noise_level': 1000}, "'noise_level' must lie in 0..999"),
+    ({'strategy': 'adaptiv'}, "strategy: 'adaptiv' is none of adaptive, .*; did you mean 'adaptive'"),
+    ({'noise_level': 1000}, 'noise_level: 1000 must be a whole number from 0 to 999'),
     ({'proportions': 'nowhere'}, 'run fg_proportion.py on this dataset first'),
     ({'generator': {'model': 'nowhere/at-all', **SPEC}}, 'generator.model cannot be loaded: nowhere/at-all'),
     ({'generator': {'model': str(ROOT), **SPEC}}, 'holds no model_index.json'),
-    ({'output': ''}, "'output' is not set"),
-    ({'source': 'folder'}, "'views_root' is not set"),
-    ({'pack': 'yes'}, "'pack' must be one of None, True, False"),
+    ({'output': ''}, 'output: must name a folder'),
+    ({'source': 'folder'}, 'views_root: must name a folder'),
+    ({'pack': 'yes'}, "'pack' must be bool or null, not 'yes'"),
     ({'shard': '4/4'}, 'shard: must be i/n'),
-    ({'seed': -1}, "'seed' must be at least 0"),
-    ({'generator': {'model': 'any', **SPEC, 'steps': 0}}, "'generator.steps' at least 1"),
-    ({'image_size': -1}, "'image_size' must be a number"),
+    ({'seed': -1}, 'seed: -1 must be a whole number from 0'),
+    ({'generator': {'model': 'any', **SPEC, 'steps': 0}}, 'generator.steps: 0 must be'),
+    ({'image_size': -1}, 'image_size: -1 must be'),
 ])
 def test_bad_settings(settings, tmp_path, monkeypatch, changes, message):
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')

@@ -385,9 +385,10 @@ def test_divergence_names_the_step_and_the_last_good_checkpoint(workplace, tmp_p
     assert all(v.isfinite().all() for v in state.values()) and not (tmp_path / 'backbone.pt').exists()
 
 
-def test_divergence_before_the_first_checkpoint(workplace, tmp_path):
+def test_divergence_before_the_first_checkpoint(workplace, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, 'learning_rate', lambda *_: 1e38)  # more than a config may ask for
     with pytest.raises(Fail, match=r'step \d: the loss or the weights are not finite; there is no checkpoint yet'):
-        pretrain.main(config_of(workplace, f'output={tmp_path}', 'optimizer.lr=1e38'))
+        pretrain.main(config_of(workplace, f'output={tmp_path}'))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -415,7 +416,7 @@ def test_betons_with_other_fields_are_refused(workplace, tmp_path):
 @pytest.mark.parametrize('change, message', [
     ('moco.queue=100', 'moco.queue: 100 is not a multiple of the 16 keys of a step; 96 is'),
     ('moco.bn_splits=3', 'moco.bn_splits: 3'), ('epochs=0', 'epochs: 0'),
-    ('method=mocov', "method: 'mocov' is unknown; did you mean 'mocov[23]'"),
+    ('method=mocov', "method: 'mocov' is none of .*; did you mean 'mocov[23]'"),
     ('method=swav swav.queue=24', 'swav.queue: 24 is not a multiple of the 16 keys of a step; 32 is'),
     ('method=simsiam simsiam.hidden=0', 'simsiam.hidden: 0'), ('method=byol byol.momentum=2', 'byol.momentum: 2'),
     ('method=swav swav.epsilon=0', 'swav.epsilon: 0'), ('optimizer.name=adam', "optimizer.name: 'adam' .* 'adamw'"),
@@ -423,7 +424,8 @@ def test_betons_with_other_fields_are_refused(workplace, tmp_path):
     ('accumulate=3', 'batch_size: 16 .* not a multiple of the 1 processes x 3'), ('accumulate=0', 'accumulate: 0'),
     ('accumulate=16 method=byol', 'batch_size: byol needs two samples'), ('knn.every=1', 'knn.train_beton: must name'),
     ('knn.every=1 knn.train_beton=HERE knn.test_beton=HERE', 'knn.k: 200 neighbours out of 64'),
-    ('backbone.zero_init_residual=3', 'zero_init_residual: 3'), ('data.beton=[]', 'data.beton: must name'),
+    ('backbone.zero_init_residual=3', "'backbone.zero_init_residual' must be bool or null, not 3"),
+    ('data.beton=[]', 'data.beton: must name'),
     ('image_size=33', 'image_size: views of 33 px from stored images of 16 px .*: set image_size=16, or'),
     ('backbone.arch=vit_small backbone.patch_size=7', 'patch_size: 7 pixels do not divide'),
     ('backbone.arch=vit_tiny', 'backbone.arch: .vit_tiny'),

@@ -14,6 +14,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import sources  # noqa: E402
 from common import Fail  # noqa: E402
 from conftest import picture  # noqa: E402
 from chunks import ForeignViews  # noqa: E402
@@ -179,6 +180,16 @@ def test_subset_is_balanced_and_stable(folder):
     for bad in (0, 10, 2.5):
         with pytest.raises(Fail, match='subset'):
             pick(bad)
+
+
+def test_a_wrong_subset_does_not_advise_a_download(tmp_path, monkeypatch):
+    images = [np.zeros((2, 2, 3), np.uint8)] * 4
+    monkeypatch.setattr(sources, '_cifar', lambda *_: (np.stack(images), [0, 1, 0, 1], ['a', 'b']))
+    for subset in ('abc', 0, -1, 2.5, True, 5):
+        with pytest.raises(Fail, match='subset') as error:
+            source_dataset({'name': 'CIFAR10', 'root': str(tmp_path), 'subset': subset})
+        assert 'unpack' not in str(error.value)
+    assert len(source_dataset({'name': 'CIFAR10', 'root': str(tmp_path), 'subset': 2})) == 2
 
 
 def test_an_unreadable_image_is_one_error_of_its_own(folder):

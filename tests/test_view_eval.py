@@ -152,10 +152,10 @@ def test_two_processes_find_the_same(workplace, tmp_path):
 
 
 @pytest.mark.parametrize('change, message', [
-    ('pairs=', 'pairs: must name a paired beton'), ('pairs=none/at.all', 'at.all: does not exist'),
-    ('quality.pc=nowhere.npz', 'quality.pc: nowhere.npz: no such file'), ('batch=0', 'batch: 0 must be at least 1'),
+    ('pairs=', 'pairs: must name a file'), ('pairs=none/at.all', 'at.all: does not exist'),
+    ('quality.pc=nowhere.npz', 'quality.pc: nowhere.npz: no such file'), ('batch=0', 'batch: 0 must be a whole'),
     ('quality.pc=FOLDER/other.npz', 'was made with other weights'), ('quality.pc=FOLDER/narrow.npy', 'has width 7'),
-    ('clip.model=tiny/clop', 'tiny/clop. is no folder'), ('images=1', 'images: 1 must be at least 2'),
+    ('clip.model=tiny/clop', 'tiny/clop. is no folder'), ('images=1', 'images: 1 must be a whole number from 2'),
     ('precision=fp8', 'precision'), ('pairs=FOLDER/none.beton', 'holds 0 images with a synthetic view')])
 def test_impossible_settings_leave_nothing_behind(workplace, tmp_path, change, message):
     with pytest.raises(Fail, match=message) as error:

@@ -20,6 +20,7 @@ import pretrain  # noqa: E402
 import semi_eval  # noqa: E402
 import view_eval  # noqa: E402
 from checkpoints import NORMALIZATIONS, normalization  # noqa: E402
+import common  # noqa: E402
 from common import load_config  # noqa: E402
 
 STAGES = {module.__name__: module for module in (fg_proportion, gen_views, pretrain, linear_eval, semi_eval,
@@ -41,7 +42,7 @@ def config(stage, name):
 
 @functools.cache
 def flat(name):
-    return pretrain.flat(config('pretrain', name))
+    return common.flat(config('pretrain', name))
 
 
 @functools.cache
