@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from checkpoints import NORMALIZATIONS, normalization, save_backbone
 from common import (Fail, Log, Processes, StopSignal, earlier, precision_dtype, random_states, restore, run,
-                    save_checkpoint, seed_everything)
+                    save_checkpoint, say, seed_everything)
 from data import PairLoader, check_size
 from features import Monitor
 from frozen_clip import Quality
@@ -420,7 +420,7 @@ def main(config):
     saved = earlier(checkpoint, config, (*BOOKKEEPING, *{*BLOCKS.values()} - {BLOCKS[config['method']]}))
     if saved and saved['epoch'] == epochs and finished.is_file():
         if processes.main:
-            print(f'{folder}: finished ({epochs} epochs): {finished}')
+            say(f'{folder}: finished ({epochs} epochs): {finished}')
         return
 
     seed_everything(config['seed'])  # the same on all processes: they build the same model

@@ -15,6 +15,7 @@ batch norm are those of the global batch.
 """
 import json
 import math
+import os
 import time
 from contextlib import closing
 from hashlib import sha256
@@ -119,8 +120,8 @@ def listed(path, root, sidecar, indices):
 
     indices: (N,) of the beton. Raises Fail when nothing, or less than 99 % of the list, is found."""
     try:
-        names = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
+        names = [line.strip() for line in os.fsdecode(Path(path).read_bytes()).splitlines() if line.strip()]
+    except OSError as error:
         raise Fail(f'subset.file: {path}: cannot be read: {error}') from None
     position = {int(index): k for k, index in enumerate(indices)}
     if all(name.isdigit() for name in names):
