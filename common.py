@@ -152,7 +152,7 @@ def run(stage, defaults, nullable=()):
         elif isinstance(error, RuntimeError):
             if not re.search(LOST_WORKER, str(error)):
                 raise
-            error = (f"a process that decodes images is lost ({' '.join(str(error).split())[:100]}): memory or "
+            error = (f"a process that decodes images is lost ({str(error).strip().splitlines()[-1][:120]}): memory or "
                      '/dev/shm is too small; set num_workers=0, or give a container more (docker run --shm-size=8g)')
         say(f'{Path(sys.argv[0]).name}: {error}', sys.stderr)
         os._exit(2) if dist.is_initialized() else sys.exit(2)  # the other ranks may wait in a collective
@@ -200,8 +200,8 @@ def ranks():
     if not {'RANK', 'WORLD_SIZE', 'LOCAL_RANK'} & set(given):  # an address alone may be left from a job's script
         return 0, 1, 0
     if len(given) < len(names):
-        raise Fail(f"{' and '.join(n for n in names if n in given)} set in the environment, but not "
-                   f"{' and '.join(n for n in names if n not in given)}: start several processes with torchrun, which "
+        raise Fail(f"{', '.join(given)} set in the environment, but not "
+                   f"{', '.join(name for name in names if name not in given)}: start several processes with torchrun, which "
                    'sets them all' + (' (srun starts torchrun once a node, as in slurm/pretrain.sbatch)' if
                                       'SLURM_PROCID' in os.environ else '') + ', or unset them for a single one')
     for name in names:
