@@ -12,7 +12,11 @@ blur (one level in 0.03 % of the values) and, since Pillow 13, some resizes (one
 Images are uint8; `p` is planar, (3, n) with n pixels, because three contiguous planes vectorise.
 """
 import math
+import os
+import tempfile
+from contextlib import suppress
 
+import numba
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
@@ -20,7 +24,24 @@ from numba.extending import intrinsic
 
 from common import Fail, check_keys
 
-JIT = dict(cache=True, nogil=True, error_model='numpy')
+
+def cacheable():
+    """Whether numba finds a folder to keep compiled kernels in: NUMBA_CACHE_DIR, beside this file, ~/.cache."""
+    try:
+        njit(cache=True)(cacheable)                      # compiles nothing yet
+    except RuntimeError:
+        return False
+    return True
+
+
+if not cacheable():                                      # a read-only installation, a user without a home
+    with suppress(OSError):
+        folder = os.path.join(tempfile.gettempdir(), f'numba-{os.getuid()}')
+        with suppress(FileExistsError):
+            os.mkdir(folder, 0o700)
+        if os.lstat(folder).st_uid == os.getuid():       # of others we run no code
+            numba.config.CACHE_DIR = folder
+JIT = dict(cache=cacheable(), nogil=True, error_model='numpy')
 IMAGE, VIEW = 0, 1                                       # the two sources of a sample
 SHORT_READ, BAD_JPEG = 1, 2                              # what can go wrong with a sample while reading
 # columns of a recipe row and of the parameters drawn from it

@@ -217,7 +217,7 @@ def _known(content, path):
         mean, std = NORMALIZATIONS[name] if isinstance(name, str) else name
         return {**describe(config['backbone'])[0], 'mean': mean, 'std': std, 'image_size': config['image_size']}
     with suppress(OSError, ValueError, TypeError):
-        card = json.loads(Path(path).with_suffix('.json').read_text())
+        card = json.loads(Path(path).with_suffix('.json').read_text(encoding='utf-8'))
         return card if {'arch', 'feature_dim', 'text'} <= set(card) else {}
     return {}
 

@@ -1,6 +1,7 @@
 """What every stage needs and nothing else: YAML config, process group, atomic files, log, stop signal."""
 import difflib
 import errno
+import fcntl
 import json
 import os
 import random
@@ -276,14 +277,23 @@ def changed_keys(old, new, ignore=(), prefix=''):
 
 def run(stage, defaults, nullable=()):
     """Entry point of a script: config, then stage(config); what the user can mend is one line and exit code 2."""
+    open_streams()
     try:
         stage(load_config(defaults, sys.argv[1:], nullable))
-    except (Fail, OSError) as error:
+    except (Fail, OSError, RuntimeError) as error:
         if isinstance(error, OSError):
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):  # met by the log; the rest is atomic()
+                error = f'{error.strerror}: make room, and the same command goes on'
+            elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename:
+                error = f'{error.filename}: {error.strerror}: change its permissions, or name another in the YAML'
+            else:
                 raise
-            error = f'{error.strerror}: make room, and the same command goes on'  # met by the log; the rest is atomic()
-        print(f'{Path(sys.argv[0]).name}: {error}', file=sys.stderr, flush=True)
+        elif isinstance(error, RuntimeError):
+            if not re.search(LOST_WORKER, str(error)):
+                raise
+            error = (f"a process that decodes images is lost ({str(error).strip().splitlines()[-1][:120]}): memory or "
+                     '/dev/shm is too small; set num_workers=0, or give a container more (docker run --shm-size=8g)')
+        say(f'{Path(sys.argv[0]).name}: {error}', sys.stderr)
         os._exit(2) if dist.is_initialized() else sys.exit(2)  # the other ranks may wait in a collective
     except KeyboardInterrupt:
         sys.exit(130)
@@ -292,20 +302,68 @@ def run(stage, defaults, nullable=()):
             dist.destroy_process_group()
 
 
+LOST_WORKER = (r'DataLoader worker \(pid.*(killed|exited)|[Pp]in memory thread exited|'
+               r'(allocate shared memory|shm|mmap|resize).*(No space left|Cannot allocate)')
+
+
+def open_streams():
+    """Names of files may hold what the terminal's encoding cannot print; a closed standard stream gets a stand-in, or
+    the next file to be opened would take its number, and what a library prints would land in it."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)
+    for name in ('stdout', 'stderr'):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, 'w'))
+        with suppress(AttributeError):  # a notebook's or a test's own
+            getattr(sys, name).reconfigure(errors='backslashreplace')
+
+
+def say(line, stream=None):
+    """Print, but to nobody where nobody listens any more (`| head`, a terminal that is gone, a full disk)."""
+    stream = stream or sys.stdout
+    try:
+        print(line, file=stream, flush=True)
+    except OSError:
+        with suppress(OSError):  # what is left in the buffer would fail again, at the latest at the exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 # ---------------------------------------------------------------------------------------------------
 # Processes
+
+def ranks():
+    """(rank, world, local rank) of this process: as torchrun says, in all of its variables, or alone."""
+    names = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')
+    given = {name: os.environ[name] for name in names if os.environ.get(name)}
+    if not {'RANK', 'WORLD_SIZE', 'LOCAL_RANK'} & set(given):  # an address alone may be left from a job's script
+        return 0, 1, 0
+    if len(given) < len(names):
+        absent = ', '.join(name for name in names if name not in given)
+        raise Fail(f"{', '.join(given)} set in the environment, but not {absent}: start several processes with "
+                   'torchrun, which sets them all' + (' (srun starts torchrun once a node, as in slurm/pretrain.sbatch)' if
+                                      'SLURM_PROCID' in os.environ else '') + ', or unset them for a single one')
+    for name in names:
+        if name != 'MASTER_ADDR' and not given[name].strip().isdecimal():
+            raise Fail(f'{name}={given[name]} in the environment is not a number: torchrun sets it; unset it, with '
+                       f"{', '.join(n for n in names if n != name)}, for a single process")
+    rank, world, local_rank = (int(given[name]) for name in names[:3])
+    if rank >= world:
+        raise Fail(f'RANK={rank} in the environment must be below WORLD_SIZE={world}: torchrun sets both; unset them '
+                   'for a single process')
+    return rank, world, local_rank
+
 
 class Processes:
     """rank, local_rank, world and device of this process; a process group exists under torchrun (and with group)."""
 
     def __init__(self, device='auto', group=True):
-        self.rank, self.world, self.local_rank = (int(os.environ.get(k, d)) for k, d in
-                                                  (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
+        self.rank, self.world, self.local_rank = ranks()
         self.device = self._device(device)
         cuda = self.device.type == 'cuda'
         if cuda:
             torch.cuda.set_device(self.device)  # before anything allocates, or every rank opens a context on GPU 0
-        if group and 'RANK' in os.environ and not dist.is_initialized():
+        if group and os.environ.get('RANK') and not dist.is_initialized():
             backend = 'cpu:gloo,cuda:nccl' if cuda else 'gloo'
             # rank 0 may check a beton of hundreds of GB, or fetch a dataset, before the others hear of it again
             dist.init_process_group(backend, timeout=timedelta(hours=2), **({'device_id': self.device} if cuda else {}))
@@ -418,6 +476,18 @@ class StopSignal:
 # ---------------------------------------------------------------------------------------------------
 # Files
 
+def lock(file, how=fcntl.flock):
+    """Lock an open file until it is closed or the process ends, however it ends; raises BlockingIOError while another
+    process has it. Returns whether the file system knows locks: Lustre and NFS often do not."""
+    try:
+        how(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            raise BlockingIOError(error.errno, error.strerror) from None
+        return False
+    return True
+
+
 def atomic(path, write, once=False):
     """write(temporary_path), then rename: a reader sees the old file or the new one, never half of one. once: a file
     that is there stays as it is, so that of two processes that make the same one the first counts for both."""
@@ -487,7 +557,7 @@ def damage(path):
         return 'is a tar archive', 'unpack it first'
     if path.suffix == '.json':
         try:
-            return ('', again) if isinstance(json.loads(path.read_text()), (dict, list)) else ('is no JSON', again)
+            return ('', again) if isinstance(json.loads(path.read_bytes()), (dict, list)) else ('is no JSON', again)
         except (OSError, ValueError):
             return 'is no JSON, or cut short', again
     if path.suffix != '.yaml' and not set(head) - set(range(32, 127)) - set(b'\t\r\n'):
@@ -529,7 +599,7 @@ def load_checkpoint(path, mend=None):
 def load_json(path, mend=None):
     """The dict that a .json holds."""
     try:
-        found = json.loads(Path(path).read_text())
+        found = json.loads(Path(path).read_bytes())
         if not isinstance(found, dict):
             raise ValueError(f'holds {type(found).__name__}')
         return found
@@ -576,7 +646,7 @@ def answered(path, config, ignore, processes, anew=False):
     """Whether an earlier run has answered the same question; then what it found is printed. See `earlier`."""
     old = earlier(path, config, ignore, anew, needs=('summary',))
     if old and processes.main:
-        print(f"{old['summary']} (finished before: {path})")
+        say(f"{old['summary']} (finished before: {path})")
     return old is not None
 
 
@@ -637,20 +707,34 @@ def _installed(name):
 class Log:
     """Run folder of a stage: config.yaml, versions.json, log.jsonl (appended on resume), tensorboard if asked.
 
-    Only rank 0 writes; on other ranks every call does nothing."""
+    Only rank 0 writes; on other ranks every call does nothing. alone: a second process with this folder is a Fail."""
 
-    def __init__(self, folder, config, main=True, tensorboard=False):
-        self.main, self.folder, self.board = main, Path(folder), None
+    def __init__(self, folder, config, main=True, tensorboard=False, alone=True):
+        self.main, self.folder, self.board, self.lock = main, Path(folder), None, None
         if not main:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if alone:
+                self.lock = open(self.folder / '.lock', 'ab')
+                lock(self.lock, fcntl.lockf)  # not flock: workers that outlive a killed process would inherit it
+            self.file = open(self.folder / 'log.jsonl', 'a', buffering=1, encoding='utf-8')
+        except BlockingIOError:
+            raise Fail(f'{self.folder}: another process is at work in it; wait for it, or set another output=. '
+                       'Several processes of one run are started with torchrun (srun alone starts as many runs)'
+                       ) from None
+        except OSError as error:
+            raise Fail(f'{error.filename or self.folder}: cannot be written: {error.strerror}; set another output='
+                       ) from None
         atomic(self.folder / 'config.yaml', lambda p: p.write_text(yaml.safe_dump(config, sort_keys=False)))
         save_json(self.folder / 'versions.json', versions())
-        self.file = open(self.folder / 'log.jsonl', 'a', buffering=1)
         self.file.write(json.dumps({'command': ' '.join(sys.argv), 'time': time.strftime('%Y-%m-%d %H:%M:%S')}) + '\n')
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-            self.board = SummaryWriter(self.folder / 'tensorboard')
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+                self.board = SummaryWriter(self.folder / 'tensorboard')
+            except Exception as error:  # not installed, or one of its many dependencies is of a wrong version
+                self.without_board(error)
 
     def write(self, line=None, **values):
         """values -> one JSON line and tensorboard scalars at values['step']; line -> standard output."""
@@ -658,15 +742,25 @@ class Log:
             return
         if values:
             self.file.write(json.dumps(values) + '\n')
-            if self.board:
-                for key, value in values.items():
+            try:
+                for key, value in values.items() if self.board else ():
                     if key != 'step' and isinstance(value, (int, float)):
                         self.board.add_scalar(key, value, values.get('step', 0))
+            except Exception as error:  # that of its writing thread, whatever it was
+                self.without_board(error)
         if line:
-            print(line, flush=True)
+            say(line)
+
+    def without_board(self, error):
+        self.board = None
+        say(f"tensorboard: goes without, log.jsonl has all figures ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:160]})", sys.stderr)
 
     def close(self):
         if self.main:
             self.file.close()
             if self.board:
-                self.board.close()
+                with suppress(Exception):
+                    self.board.close()
+            if self.lock:
+                self.lock.close()

@@ -14,9 +14,9 @@ a file larger than RAM, and a file truncated under our feet is an error message 
 
 JPEGs are decoded with FFCV's fast DCT, which is about one level from PIL's decoder on average.
 """
-import fcntl
 import json
 import os
+import sys
 import threading
 import warnings
 import zlib
@@ -32,7 +32,7 @@ import numpy as np
 import torch
 
 from augment import FILE, HAS_VIEW, IMAGE, KEY, SIZE, VIEW, choose, permutation_keys, recipe_row, render
-from common import Fail, atomic
+from common import Fail, atomic, lock, say
 
 # FFCV starts a thread pool at import; TBB's waits for ever at the exit of a process that has forked, as a DataLoader
 # does, and may use one core only.
@@ -115,7 +115,12 @@ def write_beton(path, samples, n, settings, mode='raw', quality=95, num_workers=
 
     try:
         file = open(partial, 'ab')
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not lock(file):                               # then two at once must not write into the same file
+            say(f'{path.parent}: a file system without locks: a second process may write {path.name} too', sys.stderr)
+            file.close()
+            partial.unlink(missing_ok=True)
+            partial = Path(f'{path}.{os.uname().nodename}.{os.getpid()}.partial')
+            file = open(partial, 'ab')
         if not partial.exists() or not os.path.samestat(os.fstat(file.fileno()), partial.stat()):
             file.close()  # between opening and locking another process has finished: this is its file
             raise BlockingIOError
@@ -191,7 +196,7 @@ def open_beton(path, verify=True):
         if not side.exists():
             raise Fail(f'{path}: its sidecar {side.name} is missing: copy it too, or write the beton again')
         try:
-            text = side.read_text()
+            text = side.read_text('utf-8')
             sidecar = json.loads(text)
             samples, size, crc, fields, *_ = (sidecar[k] for k in ('samples', 'bytes', 'crc32', 'fields', 'with_view',
                                                                    'max_resolution', 'settings'))

@@ -113,7 +113,7 @@ def check(config, world):
 def read_coco(root, split):
     path = root / f'annotations/instances_{split}.json'
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding='utf-8'))
         content = {key: content[key] for key in ('images', 'annotations', 'categories')}
         for key, entries in content.items():
             if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
@@ -488,9 +488,9 @@ def main(config):
         summary = f"{config['checkpoint']} on {dataset['test']}: " + ' | '.join(
             name + ''.join(f'  {k} {part[k]:.2f}' for k in ('AP', 'AP50', 'AP75')) for name, part in found.items())
         save_json(folder / 'detections.json', detections)
+        save_json(results, {'summary': summary, **found, 'config': identity})
         curves(folder / 'loss.png', folder / 'log.jsonl', ['loss'],
                ['loss_classifier', 'loss_box_reg', 'loss_mask', 'loss_objectness'])
-        save_json(results, {'summary': summary, **found, 'config': identity})
         log.write(f'{summary} -> {results}', **found)
     log.close()
 

@@ -28,7 +28,6 @@ eigenvector, or the file of `pca`, into it), `mean` (K,), `threshold`, `explaine
 projected and not normalised (zeros: unreadable), made for numpy.load(..., mmap_mode='r'); histogram.png,
 foreground.png, config.yaml, versions.json, log.jsonl.
 """
-import os
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -42,8 +41,8 @@ from torchvision.transforms import Compose, PILToTensor
 from tqdm import tqdm
 
 from common import (Fail, Log, Processes, StopSignal, atomic, changed_keys, check_values, load_arrays, precision_dtype,
-                    run, run_folder, shard, unreadable)
-from pictures import grid, histograms, overlay
+                    ranks, run, run_folder, say, shard, unreadable)
+from pictures import grid, harmless, histograms, overlay
 from sources import same_images, source_dataset
 
 DEFAULTS = """
@@ -259,7 +258,8 @@ def load_parts(files, *keys):
 
 # ---------------------------------------------------------------------------------------------------
 
-def draw(sweep, folder, indices, pc, projection, threshold, proportion, level):
+@harmless
+def draw(folder, sweep, indices, pc, projection, threshold, proportion, level):
     """histogram.png: projections with the threshold and, where given, proportions (N,) with their noise levels.
     foreground.png: up to 32 readable images in order of their foreground proportion, each above its overlay."""
     panels = [('projection of a token', 'tokens of the pca images', {'': projection},
@@ -299,10 +299,10 @@ def check(config):
 
 def main(config):
     check(config)
-    folder = run_folder(config['output'])
+    folder, first = run_folder(config['output']), ranks()[0] == 0
     if (folder / 'config.yaml').is_file():
         try:
-            old = yaml.safe_load((folder / 'config.yaml').read_text())
+            old = yaml.safe_load((folder / 'config.yaml').read_text(encoding='utf-8'))
             if not isinstance(old, dict) or not config.keys() <= old.keys():
                 raise ValueError('not all keys are there')
         except (OSError, ValueError, yaml.YAMLError) as error:
@@ -319,13 +319,13 @@ def main(config):
         except Fail:
             if not finished.is_file():  # otherwise another task was faster and has removed what this one was reading
                 raise
-    elif os.environ.get('RANK', '0') == '0':
+    elif first:
         known = load_arrays(finished, f'delete {folder} to start again', keys=()).get('identity')
         if known is not None:  # as in an earlier version, and with proportions=false
             source = source_dataset({**config['dataset'], 'download': False})
             same_images(source, np.arange(len(source)), known, finished, 'delete the folder to start again')
-        print(f'{folder}: this run is finished; delete the folder to start again')
-    if finished.is_file() and os.environ.get('RANK', '0') == '0':
+        say(f'{folder}: this run is finished; delete the folder to start again')
+    if finished.is_file() and first:
         for leftover in folder.glob('.*.tmp*'):  # of killed processes
             leftover.unlink(missing_ok=True)
         shutil.rmtree(folder / 'parts', ignore_errors=True)
@@ -350,7 +350,7 @@ def measure(config, folder):
         if (str(old['encoder']), int(old['images'])) != (clip.fingerprint(), len(source)):
             raise Fail(f'{folder}: was started with other weights or another number of images; delete the folder')
     processes.barrier()
-    log = Log(folder, config, processes.main)
+    log = Log(folder, config, processes.main, alone=False)  # tasks of an array share it
     parts.mkdir(parents=True, exist_ok=True)
     if processes.main:
         atomic(parts / 'run.npz', lambda p: np.savez(p, encoder=clip.fingerprint(), images=len(source)), once=True)
@@ -431,7 +431,6 @@ def measure(config, folder):
                 for part in load_parts(files, 'embedding'):
                     file.write(part['embedding'].tobytes())
         atomic(folder / 'embeddings.npy', write_embeddings)
-    draw(sweep, folder, picked, pc, projection, threshold, proportion, level)
     atomic(folder / 'fg_proportion.npz', lambda path: np.savez(path, **result), once=True)  # last: it marks the end
     if config['proportions']:
         counts = {int(value): int((level == value).sum()) for value in range(0, 500, 100)}
@@ -439,6 +438,7 @@ def measure(config, folder):
                   + f' images; mean proportion {np.nanmean(proportion):.3f}', stage='levels', **{
                       f'level_{value}': count for value, count in counts.items()})
         report_unreadable(source, np.flatnonzero(level < 0), log)
+    draw(folder, sweep, picked, pc, projection, threshold, proportion, level)
     log.write(f'wrote {folder}/fg_proportion.npz; see {folder}/foreground.png and histogram.png')
     log.close()
 

@@ -4,6 +4,7 @@ import hashlib
 import logging
 import re
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -31,9 +32,15 @@ class FrozenClip:
     def __init__(self, spec, device='cpu'):
         import open_clip
         name, pretrained, image_size = _clip_source(spec, open_clip)
+        read = open_clip.factory.load_state_dict
+
+        def read_in_full(*args, **kwargs):  # position embeddings of half precision cannot be interpolated on a CPU
+            return {k: v.float() if torch.is_tensor(v) and v.is_floating_point() else v
+                    for k, v in read(*args, **kwargs).items()}
         logging.disable(logging.CRITICAL)  # open_clip logs what it then raises; ours is one line
         try:
-            model = open_clip.create_model(name, pretrained, force_image_size=image_size, require_pretrained=True)
+            with mock.patch.object(open_clip.factory, 'load_state_dict', read_in_full):
+                model = open_clip.create_model(name, pretrained, force_image_size=image_size, require_pretrained=True)
         except Exception as error:  # the hub, files and timm raise nearly everything
             reason = ' '.join(str(error).split())
             where = f"{spec['model']}{f' / {pretrained}' if pretrained else ''}"

@@ -35,9 +35,9 @@ from tqdm import tqdm
 
 from chunks import ForeignViews, StoredViews, bad, chunk_defects, encode_view, view_names, write_chunk
 from common import (Fail, Log, Processes, StopSignal, atomic, changed_keys, check_values, load_arrays, load_json, run,
-                    run_folder, save_json, shard)
+                    run_folder, save_json, say, shard)
 from data import BeingWritten, open_beton, write_beton
-from pictures import grid
+from pictures import grid, harmless
 from sources import same_images, shrink, source_dataset
 
 DEFAULTS = """
@@ -111,7 +111,7 @@ def main(config):
     settings_agree()  # before anything is written
     unmoved = {**settings, 'dataset': {k: v for k, v in settings['dataset'].items() if k != 'root'}}
     digest = f'{zlib.crc32(json.dumps(unmoved, sort_keys=True).encode()):08x}'
-    log = Log(output, config, main=processes.main)
+    log = Log(output, config, main=processes.main, alone=False)  # tasks of an array share it
     log.write(source.note)
     beton, chunks, mine, images = output / 'pairs.beton', [], [], output / 'images.npy'
 
@@ -308,7 +308,7 @@ def generate(config, chunks, source, levels, embeddings, record, settings_agree,
                                    'true, or generator.precision to fp16')
                     size //= 2
                     torch.cuda.empty_cache()
-                    print(f'{processes.device}: out of memory; batches of {size} from here on', flush=True)
+                    say(f'{processes.device}: out of memory; batches of {size} from here on')
                     continue
                 if not claimed:  # only now: a generator that does not work leaves nothing behind
                     if not images.any():
@@ -380,8 +380,8 @@ def verify(config, chunks, record, beton, beton_too, log, stop):
     kinds = Counter(kind for kind, _ in defects)
     examples = [f'; {kind}: {n} ({", ".join([what for k, what in defects if k == kind][:3])}{", ..." * (n > 3)})'
                 for kind, n in kinds.items()]
-    print(f'verify: {len(seen)} views in {len(chunks)} chunks' + f' and {beton.name}' * (beton.exists() and beton_too)
-          + (''.join(examples) or '; all is well'), flush=True)
+    say(f'verify: {len(seen)} views in {len(chunks)} chunks' + f' and {beton.name}' * (beton.exists() and beton_too)
+        + (''.join(examples) or '; all is well'))
     log.write(verified=len(chunks), defects=kinds)
     if not defects:
         return
@@ -391,7 +391,7 @@ def verify(config, chunks, record, beton, beton_too, log, stop):
     if set(kinds) != {'missing chunks'}:
         with suppress(FileNotFoundError):  # there is none yet, or the task with another share was first
             beton.replace(bad(beton))
-    print(f'the same command makes {len(spoilt)} chunks again', flush=True)
+    say(f'the same command makes {len(spoilt)} chunks again')
     sys.exit(1)
 
 
@@ -435,11 +435,15 @@ def pack(config, beton, source, levels, views, settings, log, stop):
     log.write(f'{beton}: {len(readable)} samples' + (f'; {lost} source images could not be read and are left out: '
               f'{sorted(set(range(len(source))) - set(readable))[:10]}' if lost else '')
               + (f'; {len(failed)} views failed or cannot be read: {sorted(failed)[:10]}' if failed else ''))
-    if config['strategy'] != 'none':
+
+    @harmless
+    def draw_pairs(path):
         shown = [sample(k) for k in spread(levels[readable], config['grid'])]
-        grid(beton.with_suffix('.png'), [((), [(f'level {level}', [image, views and views[0]])
-                                               for image, views, _, _, level in shown])])
-        log.write(f"{beton.with_suffix('.png')}: source above, view below")
+        if grid(path, [((), [(f'level {level}', [image, made and made[0]]) for image, made, _, _, level in shown])]):
+            log.write(f'{path}: source above, view below')
+
+    if config['strategy'] != 'none':
+        draw_pairs(beton.with_suffix('.png'))
 
 
 def opened(source, i):

@@ -78,7 +78,7 @@ class UnCLIP:
                 raise Fail(f'{folder}: holds no model_index.json; give a folder in the layout of diffusers')
             try:
                 if folder.is_dir():  # diffusers would not say which one
-                    index = json.loads((folder / 'model_index.json').read_text())
+                    index = json.loads((folder / 'model_index.json').read_text(encoding='utf-8'))
                     absent = [part for part in needed
                               if not (index.get(part) or [None])[-1] or not (folder / part).is_dir()]
                     if absent:

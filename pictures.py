@@ -1,17 +1,40 @@
-"""Pictures: images in a grid, histograms, curves of a log. Without a screen, and without pyplot's state."""
+"""Pictures: images in a grid, histograms, curves of a log. Without a screen, and without pyplot's state. Whatever goes
+wrong while one is drawn is one line on standard error: no result is lost to a picture."""
+import functools
 import json
+import os
+import sys
 
 import numpy as np
-from matplotlib.figure import Figure
 
-from common import atomic
+from common import atomic, say
 
 
+os.environ['MPLBACKEND'] = 'agg'  # a notebook's own, inherited, would not let matplotlib be imported
+
+
+def harmless(draw):
+    """Makes draw(path, ...) a function that never raises, but returns whether it went well. matplotlib is imported in
+    the functions, so that this may fail too."""
+    @functools.wraps(draw)
+    def drawn(path, *args, **kwargs):
+        try:
+            draw(path, *args, **kwargs)
+            return True
+        except Exception as error:
+            say(f"{path}: no picture, but nothing else is missing ({type(error).__name__}: "
+                f"{' '.join(str(error).split())[:160]})", sys.stderr)
+            return False
+    return drawn
+
+
+@harmless
 def grid(path, sections, columns=10):
     """Examples beside each other, the images of each under each other.
 
     sections: [(labels, examples)], each of which begins a new line. labels: words to the left of its lines of images,
     or (). examples: [(title, images)], images a list of arrays (H, W, 3) (None: left free), all of one length."""
+    from matplotlib.figure import Figure
     lines = [(labels, examples[k:k + columns]) for labels, examples in sections
              for k in range(0, len(examples), columns)]
     depth = len(lines[0][1][0][1])
@@ -39,8 +62,10 @@ def overlay(image, mask):
     return image * (0.25 + 0.75 * mask) + (1 - mask) * np.array([0.0, 0.05, 0.3])
 
 
+@harmless
 def histograms(path, panels):
     """Panels beside each other: [(label of x, label of y, {name: values}, mark)]; mark: None or (x, name) of a line."""
+    from matplotlib.figure import Figure
     figure = Figure(figsize=(5 * len(panels), 3.2), layout='constrained')
     for axis, (values, things, curves, mark) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
         every = np.concatenate([np.ravel(v) for v in curves.values()])
@@ -54,12 +79,14 @@ def histograms(path, panels):
     atomic(path, lambda temporary: figure.savefig(temporary, dpi=120))
 
 
+@harmless
 def curves(path, log, left, right):
     """Of a log.jsonl, over the step: the keys `left` and, from 0 to 1, `right`, as far as they occur.
 
     Of a step that was done twice (after a kill) the last line counts."""
+    from matplotlib.figure import Figure
     values = {}
-    for text in log.read_text(errors='replace').splitlines():
+    for text in log.read_text(encoding='utf-8', errors='replace').splitlines():
         try:
             line = json.loads(text)
         except ValueError:

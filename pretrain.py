@@ -36,8 +36,8 @@ from timm.optim import Lars
 from tqdm import tqdm
 
 from checkpoints import NORMALIZATIONS, normalization, save_backbone
-from common import (Fail, Log, Processes, StopSignal, check_values, earlier, precision_dtype, random_states,
-                    restore, run, run_folder, save_checkpoint, seed_everything)
+from common import (Fail, Log, Processes, StopSignal, check_values, earlier, precision_dtype, random_states, restore,
+                    run, run_folder, save_checkpoint, say, seed_everything)
 from data import PairLoader, check_size
 from features import Monitor
 from frozen_clip import Quality
@@ -401,7 +401,7 @@ def main(config):
                     needs=('model', 'optimizer', 'scaler', 'epoch', 'step', 'random', 'beton'))
     if saved and saved['epoch'] == epochs and finished.is_file():
         if processes.main:
-            print(f'{folder}: finished ({epochs} epochs): {finished}')
+            say(f'{folder}: finished ({epochs} epochs): {finished}')
         return
 
     seed_everything(config['seed'])  # the same on all processes: they build the same model

@@ -115,8 +115,8 @@ def listed(path, root, sidecar, indices, beton=None):
     indices: (N,) of the beton; beton: its path, beside which gen_views.py leaves what the images were.
     Raises Fail when nothing, or less than 99 % of the list, is found."""
     try:
-        names = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
+        names = [line.strip() for line in os.fsdecode(Path(path).read_bytes()).splitlines() if line.strip()]
+    except OSError as error:
         raise Fail(f'subset.file: {path}: cannot be read: {error}') from None
     position = {int(index): k for k, index in enumerate(indices)}
     if all(name.isdecimal() for name in names):

@@ -354,11 +354,11 @@ def _tiny_imagenet(root, split, download):
             download_and_extract_archive('http://cs231n.stanford.edu/tiny-imagenet-200.zip', scratch,
                                          md5='90528d7ca1a48142e341f4ef8d21d0de')
             os.replace(f'{scratch}/{home.name}', home)
-    classes = sorted((home / 'wnids.txt').read_text().split())
+    classes = sorted((home / 'wnids.txt').read_text('utf-8').split())
     if split == 'train':
         rows = [(f'train/{c}/{p}', c) for c in classes for p in sorted(walk(home / 'train' / c)) if p.endswith('.JPEG')]
     else:                                                # its test set has no labels: `test` means val
-        lines = (home / 'val' / 'val_annotations.txt').read_text().splitlines()
+        lines = (home / 'val' / 'val_annotations.txt').read_text('utf-8').splitlines()
         rows = sorted((f'val/images/{file}', c) for file, c, *_ in (line.split('\t') for line in lines))
     return home, [f for f, _ in rows], [classes.index(c) for _, c in rows], classes
 
@@ -374,8 +374,8 @@ def _sun397(root, split, download):
     if not listed.is_file():
         raise Fail(f'SUN397: {listed} is not there: unpack Partitions.zip of '
                    f'https://vision.princeton.edu/projects/2010/SUN/ in {home}')
-    classes = [line.strip()[3:] for line in (home / 'ClassName.txt').read_text().splitlines()]     # /a/abbey
-    files = [line.strip().lstrip('/') for line in listed.read_text().splitlines() if line.strip()]
+    classes = [line.strip()[3:] for line in (home / 'ClassName.txt').read_text('utf-8').splitlines()]     # /a/abbey
+    files = [line.strip().lstrip('/') for line in listed.read_text('utf-8').splitlines() if line.strip()]
     number = {name: k for k, name in enumerate(classes)}
     return home, files, [number[file[2:].rpartition('/')[0]] for file in files], classes
 

@@ -24,7 +24,7 @@ from data import PairLoader, check_size
 from features import everywhere
 from frozen_clip import FrozenClip, Quality
 from loss import pair_quality
-from pictures import grid, histograms
+from pictures import grid, harmless, histograms
 
 DEFAULTS = """
 pairs: !text null       # paired beton of gen_views.py
@@ -105,6 +105,32 @@ def by_level(values, levels):
     return {'all': describe(values)} | {str(level): describe(values[levels == level]) for level in np.unique(levels)}
 
 
+@harmless
+def draw(folder, config, whole, positions, levels, cosine, retrieved, unrelated, quality, neighbours):
+    """cosine.png: how the values are distributed. pairs.png: the worst and the best pairs. All arguments but the first
+    three hold a value for each pair; quality may be None."""
+    names = [str(level) for level in np.unique(levels)]
+    cosines = {'view': cosine, 'nearest other image': retrieved, 'unrelated view': unrelated}
+    panels = [('cosine with the original', cosines),
+              ('cosine by noise level', {l: cosine[levels == int(l)] for l in names})]
+    if quality is not None:
+        panels.append(('quality by noise level', {l: quality[levels == int(l)] for l in names}))
+    histograms(folder / 'cosine.png', [(title, 'pairs', {
+        f'{name}: mean {values.mean():.3f} ({len(values):,})': values.numpy() for name, values in curves.items()}, None)
+        for title, curves in panels])
+    score, what = (cosine, 'cosine') if quality is None else (quality, 'quality')
+    order, count = score.argsort(), min(config['examples'], len(score) // 2)
+    sections, size = [], min(128, whole.sidecar['max_resolution'])
+    for heading, chosen in ((f'worst {what}', order[:count]), (f'best {what}', order.flip(0)[:count])):
+        both = positions[torch.cat([chosen, neighbours[chosen]]).numpy()]  # the pairs, then their neighbours: one batch
+        first, second = next(loader_of({**config, 'batch': 2 * count}, size, both).epoch(0))['views']
+        titles = [f'{what} {score[i]:.2f}\n' + f'cos {cosine[i]:.2f}, ' * (what == 'quality') + f'level {levels[i]}'
+                  for i in chosen.tolist()]
+        trios = zip(*(part.permute(0, 2, 3, 1).numpy() for part in (first[:count], second[:count], first[count:])))
+        sections.append(((f'{heading}\noriginal', 'view', 'nearest other'), list(zip(titles, trios))))
+    grid(folder / 'pairs.png', sections)
+
+
 def main(config):
     check(config)
     processes = Processes(config['device'])
@@ -146,26 +172,6 @@ def main(config):
     if quality is not None:
         results['quality'] = by_level(quality, levels)
 
-    cosines = {'view': cosine, 'nearest other image': retrieved, 'unrelated view': unrelated}
-    panels = [('cosine with the original', cosines),
-              ('cosine by noise level', {l: cosine[levels == int(l)] for l in names})]
-    if quality is not None:
-        panels.append(('quality by noise level', {l: quality[levels == int(l)] for l in names}))
-    histograms(folder / 'cosine.png', [(title, 'pairs', {
-        f'{name}: mean {values.mean():.3f} ({len(values):,})': values.numpy() for name, values in curves.items()}, None)
-        for title, curves in panels])
-    score, what = (cosine, 'cosine') if quality is None else (quality, 'quality')
-    order, count = score.argsort(), min(config['examples'], len(score) // 2)
-    sections, size = [], min(128, whole.sidecar['max_resolution'])
-    for heading, chosen in ((f'worst {what}', order[:count]), (f'best {what}', order.flip(0)[:count])):
-        both = positions[torch.cat([chosen, neighbours[chosen]]).numpy()]  # the pairs, then their neighbours: one batch
-        first, second = next(loader_of({**config, 'batch': 2 * count}, size, both).epoch(0))['views']
-        titles = [f'{what} {score[i]:.2f}\n' + f'cos {cosine[i]:.2f}, ' * (what == 'quality') + f'level {levels[i]}'
-                  for i in chosen.tolist()]
-        trios = zip(*(part.permute(0, 2, 3, 1).numpy() for part in (first[:count], second[:count], first[count:])))
-        sections.append(((f'{heading}\noriginal', 'view', 'nearest other'), list(zip(titles, trios))))
-    grid(folder / 'pairs.png', sections)
-
     for level in names:
         log.write(f'noise level {level}: ' + ', '.join(f"{key} {results[key][level]['mean']:.3f}" for key in (
             'cosine', 'quality') if key in results) + f" ({results['cosine'][level]['n']:,} pairs)")
@@ -174,6 +180,7 @@ def main(config):
     if quality is not None:
         summary += f" | quality {results['quality']['all']['mean']:.3f}"
     save_json(path, {'summary': summary, **results, 'config': identity})
+    draw(folder, config, whole, positions, levels, cosine, retrieved, unrelated, quality, neighbours)
     log.write(f'{summary} -> {path}; see pairs.png, cosine.png', **results)
     log.close()
 

@@ -1,0 +1,184 @@
+"""common.py: the environment that a stage runs in: launchers, locks, standard streams, tensorboard."""
+import errno
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from common import Fail, Log, ranks  # noqa: E402
+
+TORCHRUN = {'RANK': '1', 'WORLD_SIZE': '4', 'LOCAL_RANK': '1', 'MASTER_ADDR': 'localhost', 'MASTER_PORT': '29500'}
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """set(**variables): those of torchrun, and no others."""
+    def set_to(**variables):
+        for name in [*TORCHRUN, 'SLURM_PROCID']:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+    return set_to
+
+
+# ---------------------------------------------------------------------------------------------------
+# Launchers
+
+def test_ranks_of_torchrun_or_of_a_single_process(environment):
+    environment(**TORCHRUN)
+    assert ranks() == (1, 4, 1)
+    environment()
+    assert ranks() == (0, 1, 0)
+    environment(MASTER_ADDR='node1', MASTER_PORT='29500')  # exported by a job's script
+    assert ranks() == (0, 1, 0)
+
+
+@pytest.mark.parametrize('given, absent', [
+    (('WORLD_SIZE',), 'RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT'),
+    (('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'), 'LOCAL_RANK'),
+    (('LOCAL_RANK',), 'RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT'),
+    (('RANK', 'WORLD_SIZE', 'LOCAL_RANK'), 'MASTER_ADDR, MASTER_PORT')])
+def test_half_a_launcher_is_named(environment, given, absent):
+    environment(**{name: TORCHRUN[name] for name in given})
+    words = f"^{', '.join(given)} set in the environment, but not {absent}: .*torchrun"
+    with pytest.raises(Fail, match=words) as error:
+        ranks()
+    assert 'srun' not in str(error.value) and '\n' not in str(error.value)
+    environment(**{name: TORCHRUN[name] for name in given}, SLURM_PROCID='0')
+    with pytest.raises(Fail, match='srun starts torchrun'):
+        ranks()
+
+
+@pytest.mark.parametrize('change', [{'WORLD_SIZE': 'four'}, {'RANK': '-1'}, {'LOCAL_RANK': '0.5'},
+                                    {'MASTER_PORT': 'http'}])
+def test_ranks_that_are_no_numbers(environment, change):
+    environment(**{**TORCHRUN, **change})
+    with pytest.raises(Fail, match='^{}={} in the environment is not a number'.format(*next(iter(change.items())))):
+        ranks()
+
+
+def test_rank_beyond_the_world(environment):
+    environment(**{**TORCHRUN, 'RANK': '4'})
+    with pytest.raises(Fail, match='RANK=4 in the environment must be below WORLD_SIZE=4'):
+        ranks()
+
+
+# ---------------------------------------------------------------------------------------------------
+# One process a run folder
+
+HOLDER = """
+import os, sys, time
+from common import Log
+log = Log(sys.argv[1], {})
+if os.fork() == 0:  # a worker that outlives it
+    os.close(1)
+    time.sleep(600)
+print('locked', flush=True)
+time.sleep(600)
+"""
+
+
+def test_two_processes_in_one_run_folder(tmp_path):
+    with subprocess.Popen([sys.executable, '-c', HOLDER, tmp_path / 'run'], cwd=ROOT, stdout=subprocess.PIPE,
+                          start_new_session=True) as holder:
+        try:
+            assert holder.stdout.readline() == b'locked\n'
+            before = (tmp_path / 'run/log.jsonl').read_bytes()
+            with pytest.raises(Fail, match='run: another process is at work in it; .*output=.*torchrun') as error:
+                Log(tmp_path / 'run', {'mine': True})
+            assert '\n' not in str(error.value) and (tmp_path / 'run/log.jsonl').read_bytes() == before
+            assert 'mine' not in (tmp_path / 'run/config.yaml').read_text()
+            Log(tmp_path / 'run', {}, alone=False).close()
+            Log(tmp_path / 'run', {}, main=False).close()
+            holder.kill()
+            holder.wait()
+            Log(tmp_path / 'run', {}).close()  # nothing is left to be removed by hand
+        finally:
+            os.killpg(holder.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize('number', [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL])
+def test_file_system_without_locks(number, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+    monkeypatch.setattr(fcntl, 'lockf', refuse)
+    log = Log(tmp_path, {})
+    log.write(step=1)
+    log.close()
+    assert (tmp_path / 'log.jsonl').read_text().endswith('{"step": 1}\n')
+
+
+def test_run_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / 'file').touch()
+    with pytest.raises(Fail, match='file/run: cannot be written: Not a directory; set another output='):
+        Log(tmp_path / 'file/run', {})
+
+
+# ---------------------------------------------------------------------------------------------------
+# Standard streams, tensorboard
+
+STAGE = r"""
+import os, sys
+import common
+def stage(config):
+    log = common.Log(config['output'], config)
+    for k in range(3):
+        log.write(f'line {k} of caf\udce9.jpg \u00e9', path='caf\udce9.jpg', step=k)
+    common.save_json(log.folder / 'results.json', {'path': 'caf\udce9.jpg'})
+    log.close()
+    common.answered(log.folder / 'nothing.json', {}, (), common.Processes('cpu'))
+    if config['fail']:
+        raise common.Fail('caf\udce9.jpg: is bad')
+common.run(stage, "{output: '', fail: false}")
+"""
+
+
+def stage(tmp_path, *arguments, shell='exec "$@"'):
+    (tmp_path / 'a.yaml').write_text(f'output: {tmp_path}/caf\u00e9  # \u00e9\n', encoding='utf-8')
+    ascii_only = {'PYTHONIOENCODING': 'ascii', 'LC_ALL': 'C', 'PYTHONCOERCECLOCALE': '0', 'PYTHONUTF8': '0'}
+    environment = {**os.environ, **(ascii_only if 'ascii' in arguments else {})}
+    return subprocess.run(
+        ['bash', '-c', f'set -o pipefail; {shell}', 'bash', sys.executable, '-c', STAGE, str(tmp_path / 'a.yaml'),
+         *(a for a in arguments if '=' in a)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_names_that_the_terminal_cannot_print(tmp_path):
+    done = stage(tmp_path, 'ascii', f'output={tmp_path}/run')
+    assert done.returncode == 0 and done.stderr == '', done.stderr
+    assert done.stdout.splitlines()[0] == r'line 0 of caf\udce9.jpg \xe9'
+    assert (tmp_path / 'run/results.json').is_file() and (tmp_path / 'run/log.jsonl').read_text().count('udce9') == 3
+    done = stage(tmp_path, 'ascii', f'output={tmp_path}/run', 'fail=true')
+    assert done.returncode == 2 and done.stderr == '-c: caf\\udce9.jpg: is bad\n'
+    assert stage(tmp_path).returncode == 0 and (tmp_path / 'caf\u00e9/results.json').is_file()
+
+
+@pytest.mark.parametrize('shell', ['"$@" | true', '"$@" > /dev/full', '"$@" >&-', '"$@" 2>&-', '"$@" <&- >&- 2>&-'])
+def test_nobody_listens(shell, tmp_path):
+    done = stage(tmp_path, f'output={tmp_path}/run', shell=shell)
+    assert done.returncode == 0 and done.stderr == '', done.stderr
+    assert (tmp_path / 'run/results.json').is_file()
+    assert (tmp_path / 'run/log.jsonl').read_text().count('\n') == 4
+
+
+@pytest.mark.parametrize('broken', ['absent', 'writing'])
+def test_tensorboard_that_fails_costs_one_line(broken, tmp_path, monkeypatch, capsys):
+    from torch.utils import tensorboard
+    if broken == 'absent':
+        monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', None)
+    else:
+        def add_scalar(*_):
+            raise RuntimeError('the writing thread\nis gone')
+        monkeypatch.setattr(tensorboard.SummaryWriter, 'add_scalar', add_scalar)
+    log = Log(tmp_path, {}, tensorboard=True)
+    log.write('first', step=1, loss=0.5)
+    log.write('second', step=2, loss=0.5)
+    log.close()
+    out, err = capsys.readouterr()
+    assert out == 'first\nsecond\n' and err.count('\n') == 1 and err.startswith('tensorboard: goes without')
+    assert (tmp_path / 'log.jsonl').read_text().endswith('{"step": 2, "loss": 0.5}\n')
