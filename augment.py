@@ -22,7 +22,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from common import Fail, check_keys
+from config import Fail, check_keys
 
 
 def cacheable():

@@ -19,7 +19,8 @@ import torch
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from common import Fail, load_checkpoint, save_checkpoint, save_json
+from config import Fail
+from files import load_checkpoint, save_checkpoint, save_json
 from models import BLOCKS, VITS, ViT, build_backbone, describe
 
 NORMALIZATIONS = {'clip': ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),

@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from common import Fail, unreadable
+from config import Fail
+from files import unreadable
 from sources import is_image, rgb, shrink, walk
 
 MEND = 'delete it, and the same command makes it again'

@@ -45,8 +45,9 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from checkpoints import digest, load_backbone, normalization
-from common import (Fail, Log, Processes, StopSignal, answered, check_values, damage, earlier, precision_dtype, run,
-                    run_folder, save_checkpoint, save_json, seed_everything)
+from common import Log, Processes, StopSignal, answered, earlier, precision_dtype, run, seed_everything
+from config import Fail, check_values, run_folder
+from files import damage, save_checkpoint, save_json
 from models import BLOCKS, average_running_statistics, distributed, global_mean, synchronize_batch_norm
 from pictures import curves
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import Fail
+from config import Fail
 from data import PairLoader, check_size
 from models import gather, normalize
 

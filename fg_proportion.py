@@ -40,8 +40,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import Compose, PILToTensor
 from tqdm import tqdm
 
-from common import (Fail, Log, Processes, StopSignal, atomic, changed_keys, check_values, load_arrays, precision_dtype,
-                    ranks, run, run_folder, say, shard, unreadable)
+from common import Log, Processes, StopSignal, precision_dtype, ranks, run, say, shard
+from config import Fail, changed_keys, check_values, run_folder
+from files import atomic, load_arrays, unreadable
 from pictures import grid, harmless, histograms, overlay
 from sources import same_images, source_dataset
 

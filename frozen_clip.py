@@ -10,7 +10,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common import Fail, damage, load_arrays, unreadable
+from config import Fail
+from files import damage, load_arrays, unreadable
 from loss import pair_quality, quality_weights
 from models import normalize
 

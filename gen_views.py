@@ -34,8 +34,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from chunks import ForeignViews, StoredViews, bad, chunk_defects, encode_view, view_names, write_chunk
-from common import (Fail, Log, Processes, StopSignal, atomic, changed_keys, check_values, load_arrays, load_json, run,
-                    run_folder, save_json, say, shard)
+from common import Log, Processes, StopSignal, run, say, shard
+from config import Fail, changed_keys, check_values, run_folder
+from files import atomic, load_arrays, load_json, save_json
 from data import BeingWritten, open_beton, write_beton
 from pictures import grid, harmless
 from sources import same_images, shrink, source_dataset

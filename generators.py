@@ -15,7 +15,9 @@ from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
-from common import Fail, damage, precision_dtype, unreadable
+from common import precision_dtype
+from config import Fail
+from files import damage, unreadable
 
 diffusers_logging.disable_progress_bar()
 diffusers_logging.set_verbosity_error()  # it remarks on every autoencoder but AutoencoderKL

@@ -32,8 +32,9 @@ from tqdm import tqdm
 
 from augment import recipe_row
 from checkpoints import backbone_of, digest
-from common import (Fail, Log, Processes, StopSignal, answered, check_values, earlier, load_checkpoint,
-                    precision_dtype, run, run_folder, save_checkpoint, save_json, seed_everything)
+from common import Log, Processes, StopSignal, answered, earlier, precision_dtype, run, seed_everything
+from config import Fail, check_values, run_folder
+from files import load_checkpoint, save_checkpoint, save_json
 from data import PairLoader, check_size
 from features import Encoder, all_features, class_map, hits, knn_accuracy, labelled, percent, plain_images
 

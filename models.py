@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from common import Fail
+from config import Fail
 from loss import info_nce, info_nce_batch, negative_cosine, nt_xent, sinkhorn, swapped_prediction, vicreg
 
 

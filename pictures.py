@@ -7,7 +7,8 @@ import sys
 
 import numpy as np
 
-from common import atomic, say
+from common import say
+from files import atomic
 
 
 os.environ['MPLBACKEND'] = 'agg'  # a notebook's own, inherited, would not let matplotlib be imported

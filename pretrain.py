@@ -36,8 +36,10 @@ from timm.optim import Lars
 from tqdm import tqdm
 
 from checkpoints import NORMALIZATIONS, normalization, save_backbone
-from common import (Fail, Log, Processes, StopSignal, check_values, earlier, precision_dtype, random_states, restore,
-                    run, run_folder, save_checkpoint, say, seed_everything)
+from common import (Log, Processes, StopSignal, earlier, precision_dtype, random_states, restore, run, say,
+                    seed_everything)
+from config import Fail, check_values, run_folder
+from files import save_checkpoint
 from data import PairLoader, check_size
 from features import Monitor
 from frozen_clip import Quality

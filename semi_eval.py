@@ -28,9 +28,10 @@ from torch import nn
 from tqdm import tqdm
 
 from checkpoints import backbone_of, digest
-from common import (Fail, Log, Processes, StopSignal, answered, atomic, check_values, earlier, load_arrays,
-                    precision_dtype, random_states, restore, run, run_folder, save_checkpoint, save_json,
+from common import (Log, Processes, StopSignal, answered, earlier, precision_dtype, random_states, restore, run,
                     seed_everything)
+from config import Fail, check_values, run_folder
+from files import atomic, load_arrays, save_checkpoint, save_json
 from data import PairLoader, check_size
 from features import class_map, hits, labelled, percent, plain_images
 from models import average_running_statistics, distributed, global_mean, normalize, synchronize_batch_norm

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from common import Fail, check_keys
+from config import Fail, check_keys
 
 CIFAR10_SHA256 = {'train': '67e12c2a5906880a4fe5595fe6d768185ad7ca587f35d3a7ece3c3b8b85035d2',
                   'test': 'e54a434ec35094516eacbaac0f2f9550358d985e9d1f71b47d41d333c15ba304'}  # images + int64 labels

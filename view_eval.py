@@ -19,7 +19,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import Fail, Log, Processes, answered, check_values, precision_dtype, run, run_folder, save_json
+from common import Log, Processes, answered, precision_dtype, run
+from config import Fail, check_values, run_folder
+from files import save_json
 from data import PairLoader, check_size
 from features import everywhere
 from frozen_clip import FrozenClip, Quality

@@ -26,7 +26,7 @@ from scipy.stats import mannwhitneyu, ttest_ind
 
 import bench
 from bench import ROOT, device_name, stage
-from common import save_json
+from files import save_json
 from data import PairLoader
 from frozen_clip import Quality
 

@@ -21,7 +21,8 @@ import torch
 
 import bench
 import fg_proportion
-from common import Log, Processes, default_config, precision_dtype
+from common import Log, Processes, precision_dtype
+from config import default_config
 from frozen_clip import FrozenClip
 from sources import source_dataset
 

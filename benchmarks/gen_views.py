@@ -29,7 +29,7 @@ import bench
 import gen_views
 from bench import ROOT
 from chunks import encode_view
-from common import default_config
+from config import default_config
 from frozen_clip import FrozenClip
 from generators import UnCLIP
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import bench
 from bench import ROOT, stage
-from common import save_json
+from files import save_json
 
 RUN, RESULTS = Path('runs/methods'), ROOT / 'results/cifar10_methods.json'
 METHODS = {  # heads in proportion to the narrow backbone's 256 features

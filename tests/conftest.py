@@ -54,8 +54,8 @@ def damages(path):
 def held(stage, key, last):
     """Launcher of a stage that waits, once a checkpoint whose `key` is `last` is written, for the signal to come: on a
     busy machine it would otherwise have finished before."""
-    code = (f'import runpy, sys, time; sys.argv.pop(0); sys.path.insert(0, {str(ROOT)!r}); import common; '
-            f'save = common.save_checkpoint; common.save_checkpoint = lambda path, state: (save(path, state), '
+    code = (f'import runpy, sys, time; sys.argv.pop(0); sys.path.insert(0, {str(ROOT)!r}); import files; '
+            f'save = files.save_checkpoint; files.save_checkpoint = lambda path, state: (save(path, state), '
             f'state.get({key!r}) == {last} and time.sleep(900)); '
             f'runpy.run_path({str(ROOT / stage)!r}, run_name="__main__")')
     return sys.executable, '-c', code

@@ -11,7 +11,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import augment  # noqa: E402
-from common import Fail  # noqa: E402
+from config import Fail  # noqa: E402
 from conftest import FULL, picture  # noqa: E402
 
 

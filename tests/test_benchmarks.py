@@ -14,7 +14,8 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'benchmarks')]  # in this order: both have a gen_views and a fg_proportion
 import pretrain  # noqa: E402
-from common import load_config, save_json  # noqa: E402
+from config import load_config  # noqa: E402
+from files import save_json  # noqa: E402
 
 
 def load(name):

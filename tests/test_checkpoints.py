@@ -23,8 +23,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from checkpoints import NORMALIZATIONS, export, load_backbone  # noqa: E402
-from common import (Fail, Processes, answered, atomic, earlier, load_checkpoint, save_checkpoint,  # noqa: E402
-                    save_json)
+from common import Processes, answered, earlier  # noqa: E402
+from config import Fail  # noqa: E402
+from files import atomic, load_checkpoint, save_checkpoint, save_json  # noqa: E402
 from conftest import damages  # noqa: E402
 from models import ViT, build_backbone  # noqa: E402
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from chunks import (ForeignViews, StoredViews, bad, chunk_defects, encode_view, read_chunk, view_names,  # noqa: E402
                     write_chunk)
-from common import Fail  # noqa: E402
+from config import Fail  # noqa: E402
 from conftest import picture  # noqa: E402
 from sources import Source, source_dataset  # noqa: E402
 

@@ -24,7 +24,8 @@ sys.path.insert(0, str(ROOT))
 
 import detect_eval  # noqa: E402
 from checkpoints import load_backbone  # noqa: E402
-from common import Fail, Processes, StopSignal, load_config  # noqa: E402
+from common import Processes, StopSignal  # noqa: E402
+from config import Fail, load_config  # noqa: E402
 from conftest import held  # noqa: E402
 from models import build_backbone  # noqa: E402
 

@@ -14,7 +14,8 @@ import torch.multiprocessing as mp
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from common import Fail, Processes  # noqa: E402
+from common import Processes  # noqa: E402
+from config import Fail  # noqa: E402
 from conftest import coloured_samples  # noqa: E402
 from data import write_beton  # noqa: E402
 from features import (Encoder, Monitor, all_features, class_map, hits, knn_accuracy, labelled, percent,  # noqa: E402

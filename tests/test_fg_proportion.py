@@ -20,7 +20,8 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import fg_proportion  # noqa: E402
-from common import Fail, atomic, load_config  # noqa: E402
+from config import Fail, load_config  # noqa: E402
+from files import atomic  # noqa: E402
 from conftest import damages  # noqa: E402
 from frozen_clip import FrozenClip  # noqa: E402
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from common import Fail  # noqa: E402
+from config import Fail  # noqa: E402
 from conftest import damages  # noqa: E402
 from frozen_clip import FrozenClip, Quality  # noqa: E402
 from models import normalize  # noqa: E402

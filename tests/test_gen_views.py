@@ -23,7 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / 'tiny')]
 import data  # noqa: E402
 import gen_views  # noqa: E402
 from chunks import read_chunk, write_chunk  # noqa: E402
-from common import Fail, load_config  # noqa: E402
+from config import Fail, load_config  # noqa: E402
 from conftest import damages  # noqa: E402
 from data import PairLoader, open_beton  # noqa: E402
 from frozen_clip import FrozenClip  # noqa: E402

@@ -16,7 +16,9 @@ sys.path.insert(0, str(ROOT))
 
 import linear_eval  # noqa: E402
 from checkpoints import load_backbone  # noqa: E402
-from common import Fail, Processes, StopSignal, load_checkpoint, load_config  # noqa: E402
+from common import Processes, StopSignal  # noqa: E402
+from config import Fail, load_config  # noqa: E402
+from files import load_checkpoint  # noqa: E402
 from conftest import coloured_samples, damages, held  # noqa: E402
 from data import write_beton  # noqa: E402
 from models import build_backbone  # noqa: E402

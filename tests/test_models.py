@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 import models  # noqa: E402
 import pretrain  # noqa: E402
 from checkpoints import load_backbone, save_backbone  # noqa: E402
-from common import Fail, load_config  # noqa: E402
+from config import Fail, load_config  # noqa: E402
 from loss import info_nce_batch, quality_weights, sinkhorn, swapped_prediction  # noqa: E402
 from models import (BYOL, METHODS, VITS, MoCoV2, MoCoV3, SimCLR, SimSiam, SplitBatchNorm2d, ViT,  # noqa: E402
                     build_backbone, cosine, synchronize_batch_norm)

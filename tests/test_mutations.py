@@ -21,7 +21,8 @@ import semi_eval  # noqa: E402
 import view_eval  # noqa: E402
 from augment import recipe_row  # noqa: E402
 from checkpoints import NORMALIZATIONS, normalization  # noqa: E402
-from common import Fail, Processes, default_config, flat, load_config, precision_dtype, run_folder, shard  # noqa: E402
+from common import Processes, precision_dtype, shard  # noqa: E402
+from config import Fail, default_config, flat, load_config, run_folder  # noqa: E402
 from data import check_size, write_beton  # noqa: E402
 from features import labelled  # noqa: E402
 from models import build_backbone  # noqa: E402

@@ -17,7 +17,9 @@ sys.path.insert(0, str(ROOT))
 
 import pretrain  # noqa: E402
 from checkpoints import load_backbone  # noqa: E402
-from common import Fail, StopSignal, load_checkpoint, load_config  # noqa: E402
+from common import StopSignal  # noqa: E402
+from config import Fail, load_config  # noqa: E402
+from files import load_checkpoint  # noqa: E402
 from conftest import held  # noqa: E402
 from data import write_beton  # noqa: E402
 from models import METHODS, VITS  # noqa: E402

@@ -14,7 +14,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import semi_eval  # noqa: E402
-from common import Fail, StopSignal, load_checkpoint, load_config  # noqa: E402
+from common import StopSignal  # noqa: E402
+from config import Fail, load_config  # noqa: E402
+from files import load_checkpoint  # noqa: E402
 from conftest import coloured_samples  # noqa: E402
 from data import write_beton  # noqa: E402
 from models import build_backbone  # noqa: E402

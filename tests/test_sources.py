@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import sources  # noqa: E402
-from common import Fail  # noqa: E402
+from config import Fail  # noqa: E402
 from conftest import picture  # noqa: E402
 from chunks import ForeignViews  # noqa: E402
 from sources import HOMES, Source, same_images, source_dataset  # noqa: E402

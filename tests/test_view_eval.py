@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import view_eval  # noqa: E402
-from common import Fail, Processes, load_config  # noqa: E402
+from common import Processes  # noqa: E402
+from config import Fail, load_config  # noqa: E402
 from data import write_beton  # noqa: E402
 from frozen_clip import FrozenClip  # noqa: E402
 from loss import pair_quality  # noqa: E402

@@ -20,8 +20,8 @@ import pretrain  # noqa: E402
 import semi_eval  # noqa: E402
 import view_eval  # noqa: E402
 from checkpoints import NORMALIZATIONS, normalization  # noqa: E402
-import common  # noqa: E402
-from common import load_config  # noqa: E402
+from config import flat as flat_keys  # noqa: E402
+from config import load_config  # noqa: E402
 
 STAGES = {module.__name__: module for module in (fg_proportion, gen_views, pretrain, linear_eval, semi_eval,
                                                  detect_eval, view_eval)}
@@ -42,7 +42,7 @@ def config(stage, name):
 
 @functools.cache
 def flat(name):
-    return common.flat(config('pretrain', name))
+    return flat_keys(config('pretrain', name))
 
 
 @functools.cache
