@@ -188,6 +188,29 @@ def test_probe_learns_and_leaves_the_backbone_alone(workplace, tmp_path, capsys)
     assert {'config.yaml', 'versions.json', 'log.jsonl'} < {p.name for p in tmp_path.iterdir()}
 
 
+@pytest.fixture(scope='module')
+def named(workplace):
+    """Betons that name their classes, a, b, c; the test images are of b and c alone, a tree without the folder of a."""
+    samples, of = coloured_samples(), lambda split: {'dataset': {'name': 'folder', 'root': 'r', 'split': split}}
+    write_beton(workplace / 'abc.beton', samples, 96, {**of('train'), 'classes': ['a', 'b', 'c']}, num_workers=1)
+    image = [samples(i)[0] for i in range(60)]
+    bc = [i for i in range(60) if i % 3]
+    for name, classes in (('bc', ['b', 'c']), ('de', ['d', 'e'])):
+        write_beton(workplace / f'{name}.beton', lambda k: (image[bc[k]], None, bc[k] % 3 - 1, k, -1), len(bc),
+                    {**of('test'), 'classes': classes}, num_workers=1)
+    return workplace
+
+
+def test_labels_of_the_test_tree_are_matched_by_name(named, tmp_path):
+    changes = f'train_beton={named}/abc.beton', f'output={tmp_path}/run'
+    linear_eval.main(config_of(named, *changes, f'test_beton={named}/bc.beton'))
+    found = results(tmp_path / 'run')
+    assert found['knn']['top1'] == 100 and found['linear']['top1'] > 90 and found['classes'] == 3
+    for test, words in (('de', 'other classes: d, e of the test images'), ('abc', 'hold the same images')):
+        with pytest.raises(Fail, match=words):
+            linear_eval.main(config_of(named, *changes, f'test_beton={named}/{test}.beton'))
+
+
 def test_finished_results_are_shown_and_new_questions_asked(workplace, tmp_path, capsys):
     linear_eval.main(config_of(workplace, f'output={tmp_path}'))
     written = (tmp_path / 'results.json').stat().st_mtime_ns

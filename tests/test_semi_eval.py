@@ -159,6 +159,28 @@ def test_runs_from_the_experiments_that_ship(workplace, tmp_path, name):
     assert results(tmp_path)['train_images'] == 24 and len(lines(tmp_path)) == 3
 
 
+@pytest.fixture(scope='module')
+def named(workplace):
+    """Betons that name their classes, a, b, c; the test images are of b and c alone, a tree without the folder of a."""
+    samples, of = coloured_samples(), lambda split: {'dataset': {'name': 'folder', 'root': 'r', 'split': split}}
+    write_beton(workplace / 'abc.beton', samples, 96, {**of('train'), 'classes': ['a', 'b', 'c']}, num_workers=1)
+    image = [samples(i)[0] for i in range(60)]
+    bc = [i for i in range(60) if i % 3]
+    for name, classes in (('bc', ['b', 'c']), ('de', ['d', 'e'])):
+        write_beton(workplace / f'{name}.beton', lambda k: (image[bc[k]], None, bc[k] % 3 - 1, k, -1), len(bc),
+                    {**of('test'), 'classes': classes}, num_workers=1)
+    return workplace
+
+
+def test_labels_of_the_test_tree_are_matched_by_name(named, tmp_path):
+    changes = f'train_beton={named}/abc.beton', f'output={tmp_path}/run', 'subset.share=0.5', 'epochs=8'
+    main(named, *changes, f'test_beton={named}/bc.beton')
+    assert results(tmp_path / 'run')['top1'] > 90
+    for test, words in (('de', 'other classes: d, e of the test images'), ('abc', 'hold the same images')):
+        with pytest.raises(Fail, match=words):
+            main(named, *changes, f'test_beton={named}/{test}.beton')
+
+
 def test_the_backbone_moves_at_its_own_rate(workplace, tmp_path):
     main(workplace, f'output={tmp_path}/frozen', 'lr_backbone=1e-30', 'epochs=1')
     main(workplace, f'output={tmp_path}/both', 'epochs=1')
