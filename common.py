@@ -315,7 +315,10 @@ class Log:
             if alone:
                 self.lock = open(self.folder / '.lock', 'ab')
                 lock(self.lock, fcntl.lockf)  # not flock: workers that outlive a killed process would inherit it
-            self.file = open(self.folder / 'log.jsonl', 'a', buffering=1, encoding='utf-8')
+            path = self.folder / 'log.jsonl'
+            cut = path.is_file() and path.read_bytes()[-1:] not in (b'', b'\n')  # by a kill: it takes no next line along
+            self.file = open(path, 'a', buffering=1, encoding='utf-8')
+            self.file.write('\n' * cut)
         except BlockingIOError:
             raise Fail(f'{self.folder}: another process is at work in it; wait for it, or set another output=. '
                        'Several processes of one run are started with torchrun (srun alone starts as many runs)'

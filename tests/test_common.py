@@ -1,6 +1,7 @@
 """common.py: the environment that a stage runs in: launchers, locks, standard streams, tensorboard."""
 import errno
 import fcntl
+import json
 import os
 import signal
 import subprocess
@@ -183,3 +184,12 @@ def test_tensorboard_that_fails_costs_one_line(broken, tmp_path, monkeypatch, ca
     out, err = capsys.readouterr()
     assert out == 'first\nsecond\n' and err.count('\n') == 1 and err.startswith('tensorboard: goes without')
     assert (tmp_path / 'log.jsonl').read_text().endswith('{"step": 2, "loss": 0.5}\n')
+
+
+def test_a_log_line_cut_by_a_kill_takes_no_next_one_along(tmp_path):
+    (tmp_path / 'log.jsonl').write_text('{"step": 1}\n{"step": 2, "lo')
+    log = Log(tmp_path, {})
+    log.write(step=3)
+    log.close()
+    lines = (tmp_path / 'log.jsonl').read_text().split('\n')
+    assert lines[:2] == ['{"step": 1}', '{"step": 2, "lo'] and json.loads(lines[3]) == {'step': 3} and len(lines) == 5
