@@ -316,7 +316,7 @@ class Log:
                 self.lock = open(self.folder / '.lock', 'ab')
                 lock(self.lock, fcntl.lockf)  # not flock: workers that outlive a killed process would inherit it
             path = self.folder / 'log.jsonl'
-            cut = path.is_file() and path.read_bytes()[-1:] not in (b'', b'\n')  # by a kill: it takes no next line along
+            cut = path.is_file() and path.read_bytes()[-1:] not in (b'', b'\n')  # by a kill; it takes none along
             self.file = open(path, 'a', buffering=1, encoding='utf-8')
             self.file.write('\n' * cut)
         except BlockingIOError:
