@@ -201,8 +201,8 @@ def ranks():
         return 0, 1, 0
     if len(given) < len(names):
         raise Fail(f"{', '.join(given)} set in the environment, but not "
-                   f"{', '.join(name for name in names if name not in given)}: start several processes with torchrun, which "
-                   'sets them all' + (' (srun starts torchrun once a node, as in slurm/pretrain.sbatch)' if
+                   f"{', '.join(name for name in names if name not in given)}: start several processes with torchrun, "
+                   'which sets them all' + (' (srun starts torchrun once a node, as in slurm/pretrain.sbatch)' if
                                       'SLURM_PROCID' in os.environ else '') + ', or unset them for a single one')
     for name in names:
         if name != 'MASTER_ADDR' and not given[name].strip().isdecimal():
@@ -322,11 +322,12 @@ class StopSignal:
 # ---------------------------------------------------------------------------------------------------
 # Files
 
-def lock(file, how=fcntl.flock):
+def lock(file, how=None):
     """Lock an open file until it is closed or the process ends, however it ends; raises BlockingIOError while another
-    process has it. Returns whether the file system knows locks: Lustre and NFS often do not."""
+    process has it. how: fcntl.flock (default) or .lockf. Returns whether the file system knows locks: Lustre and NFS
+    often do not."""
     try:
-        how(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        (how or fcntl.flock)(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EAGAIN, errno.EACCES):
             raise BlockingIOError(error.errno, error.strerror) from None

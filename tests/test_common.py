@@ -46,7 +46,8 @@ def test_ranks_of_torchrun_or_of_a_single_process(environment):
     (('RANK', 'WORLD_SIZE', 'LOCAL_RANK'), 'MASTER_ADDR, MASTER_PORT')])
 def test_half_a_launcher_is_named(environment, given, absent):
     environment(**{name: TORCHRUN[name] for name in given})
-    with pytest.raises(Fail, match=f"^{', '.join(given)} set in the environment, but not {absent}: .*torchrun") as error:
+    message = f"^{', '.join(given)} set in the environment, but not {absent}: .*torchrun"
+    with pytest.raises(Fail, match=message) as error:
         ranks()
     assert 'srun' not in str(error.value) and '\n' not in str(error.value)
     environment(**{name: TORCHRUN[name] for name in given}, SLURM_PROCID='0')

@@ -77,7 +77,7 @@ def test_features_are_those_of_each_image_in_order(tmp_path):
 
 def _stop_on_one_process(rank, folder):
     dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
-    os.environ.update(RANK=str(rank), WORLD_SIZE='2')
+    os.environ.update(RANK=str(rank), WORLD_SIZE='2', LOCAL_RANK='0', MASTER_ADDR='localhost', MASTER_PORT='1')
     processes = Processes('cpu', group=False)
     encoder = Encoder(build_backbone('resnet18', 'cifar', 8), MEAN, STD, processes.device, torch.float32)
 
