@@ -13,11 +13,12 @@ import torch
 from config import Fail
 
 
-def lock(file, how=fcntl.flock):
+def lock(file, how=None):
     """Lock an open file until it is closed or the process ends, however it ends; raises BlockingIOError while another
-    process has it. Returns whether the file system knows locks: Lustre and NFS often do not."""
+    process has it. how: fcntl.flock (default) or .lockf. Returns whether the file system knows locks: Lustre and NFS
+    often do not."""
     try:
-        how(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        (how or fcntl.flock)(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EAGAIN, errno.EACCES):
             raise BlockingIOError(error.errno, error.strerror) from None

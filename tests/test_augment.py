@@ -1,4 +1,6 @@
 """augment.py: the kernels and the drawn parameters against torchvision on PIL, and recipes that cannot be."""
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -161,3 +163,20 @@ def test_impossible_recipes_are_refused(recipe, words):
     with pytest.raises(Fail, match=words) as error:
         augment.recipe_row(recipe, 'here')
     assert str(error.value).startswith('here: ') and '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('owner', ['mine', 'of another'])
+def test_kernels_where_numba_finds_no_folder_to_cache_them(owner, tmp_path):
+    """As in a read-only installation without a home: a folder of this user among the temporary ones, or no cache."""
+    if owner == 'of another':
+        if os.getuid():
+            pytest.skip('only root can give a folder away')
+        (tmp_path / 'numba-0').mkdir()
+        os.chown(tmp_path / 'numba-0', 12345, 12345)
+    script = 'import augment; print(augment.JIT["cache"], augment.permutation_keys(0, 0, 1)[0])'
+    done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, timeout=300,
+                          cwd=Path(augment.__file__).parent, env={
+                              **os.environ, 'NUMBA_CACHE_LOCATOR_CLASSES': 'UserProvidedCacheLocator',
+                              'NUMBA_CACHE_DIR': '', 'TMPDIR': str(tmp_path)})
+    assert done.stdout.split() == [str(owner == 'mine'), str(augment.permutation_keys(0, 0, 1)[0])], done.stderr
+    assert done.stderr == '' and len(list(tmp_path.rglob('*.nbc'))) == (3 if owner == 'mine' else 0)

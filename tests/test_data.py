@@ -1,4 +1,6 @@
 """data.py: betons that are damaged in every way, writing them, the loader's order, pixels and errors."""
+import errno
+import fcntl
 import gc
 import inspect
 import json
@@ -267,6 +269,28 @@ def test_two_writers_of_one_file(tmp_path):
         return sample(i)
     write_beton(tmp_path / 'b', nested, 3, {}, num_workers=1)
     assert open_beton(tmp_path / 'b')['samples'] == 3
+
+
+@pytest.mark.parametrize('number', [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_file_system_without_locks(number, tmp_path, monkeypatch, capsys):
+    """The work goes on; of two writers at once each has a file of its own, and the last one counts."""
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+    write_beton(tmp_path / 'expected', sample, 5, {})
+    monkeypatch.setattr(fcntl, 'flock', refuse)
+    write_beton(tmp_path / 'b', sample, 5, {})
+    assert (tmp_path / 'b').read_bytes() == (tmp_path / 'expected').read_bytes()
+    assert capsys.readouterr().err == f'{tmp_path}: a file system without locks: a second process may write b too\n'
+
+    def nested(i):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, 'getpid', lambda: 1)
+            write_beton(tmp_path / 'b', sample, 5, {}) if i == 3 else None
+        return sample(i)
+    write_beton(tmp_path / 'b', nested, 5, {}, num_workers=1)
+    assert (tmp_path / 'b').read_bytes() == (tmp_path / 'expected').read_bytes()
+    open_beton(tmp_path / 'b')
+    assert not list(tmp_path.glob('*partial*'))
 
 
 def test_an_unwritable_folder(tmp_path):

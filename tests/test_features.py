@@ -120,7 +120,7 @@ def test_monitor_maps_labels_by_name(tmp_path):
 def _stop_on_one_process(rank, folder):
     dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
     atexit.register(dist.destroy_process_group)  # its threads would abort a process that ends before them
-    os.environ.update(RANK=str(rank), WORLD_SIZE='2')
+    os.environ.update(RANK=str(rank), WORLD_SIZE='2', LOCAL_RANK='0', MASTER_ADDR='localhost', MASTER_PORT='1')
     processes = Processes('cpu', group=False)
     encoder = Encoder(build_backbone('resnet18', 'cifar', 8), MEAN, STD, processes.device, torch.float32)
 

@@ -454,3 +454,59 @@ def test_all_images_unreadable(stage, clips, tmp_path):
         (tmp_path / f'images/{i}.png').write_bytes(b'not an image')
     with pytest.raises(Fail, match='unreadable, and so are all of the pca images'):
         stage(write_yaml(tmp_path / 'a.yaml', tmp_path / 'images', clips['vit'], tmp_path / 'out'))
+
+
+def test_result_is_there_before_its_pictures(stage, run, clips, images, tmp_path, monkeypatch, capsys):
+    def draw(*_, **__):
+        assert (tmp_path / 'out/fg_proportion.npz').is_file()
+        raise RuntimeError('cannot draw')
+    monkeypatch.setattr(fg_proportion, 'histograms', draw)
+    stage(write_yaml(tmp_path / 'a.yaml', images, clips['vit'], tmp_path / 'out'))
+    assert_equal(load(tmp_path / 'out'), load(run[0]))
+    assert capsys.readouterr().err == (f'{tmp_path}/out: no picture, but nothing else is missing (RuntimeError: cannot '
+                                       'draw)\n')
+
+
+LOSES_A_WORKER = """
+import os, signal, sys
+import common, fg_proportion
+def dies(self, index):
+    os.kill(os.getpid(), signal.SIGBUS)
+def full(self, index):
+    raise RuntimeError('unable to write to file </torch_1_2>: allocate shared memory: No space left on device (28)')
+def wrong(self, index):
+    raise RuntimeError('another mistake')
+fg_proportion.Images.__getitem__ = {'dies': dies, 'full': full, 'wrong': wrong}[sys.argv.pop()]
+common.run(fg_proportion.main, fg_proportion.DEFAULTS)
+"""
+
+
+@pytest.mark.parametrize('how', ['dies', 'full', 'wrong'])
+def test_shared_memory_that_is_too_small_is_one_line(how, clips, images, tmp_path):
+    path = write_yaml(tmp_path / 'a.yaml', images, clips['vit'], tmp_path / 'out', num_workers=1)
+    done = subprocess.run([sys.executable, '-c', LOSES_A_WORKER, str(path), how], cwd=ROOT, capture_output=True,
+                          text=True, timeout=300)
+    if how == 'wrong':  # a mistake of ours keeps its traceback
+        assert done.returncode == 1 and 'RuntimeError: another mistake' in done.stderr
+        return
+    ours = done.stderr.splitlines()[-1]  # of a bus error the worker has its say too
+    assert done.returncode == 2 and 'Traceback' not in done.stderr, done.stderr
+    for word in ('num_workers=0', '--shm-size', {'dies': 'DataLoader worker', 'full': 'No space left'}[how]):
+        assert word in ours
+
+
+def test_names_that_the_terminal_cannot_print(clips, tmp_path):
+    folder, random = os.fsencode(tmp_path) + b'/images', np.random.default_rng(0)
+    os.mkdir(folder)
+    for name in (b'/caf\xe9.png', '/\u00e9.png'.encode(), b'/1.png'):
+        with open(folder + name, 'wb') as file:
+            Image.fromarray(random.integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(file, 'PNG')
+    with open(folder + b'/bad\xe9.png', 'wb') as file:
+        file.write(b'not an image')
+    path = write_yaml(tmp_path / 'a.yaml', tmp_path / 'images', clips['vit'], tmp_path / 'out')
+    ascii_only = {'PYTHONIOENCODING': 'ascii', 'LC_ALL': 'C', 'PYTHONCOERCECLOCALE': '0', 'PYTHONUTF8': '0'}
+    done = subprocess.run([sys.executable, 'fg_proportion.py', str(path)], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, **ascii_only}, timeout=300)
+    assert done.returncode == 0 and 'Traceback' not in done.stderr, done.stderr
+    assert r'bad\udce9.png' in done.stdout
+    assert (load(tmp_path / 'out')['noise_level'] < 0).tolist() == [False, True, False, False]

@@ -52,6 +52,19 @@ def test_convnext_tokens_and_embedding(clips):
     assert smaller.fingerprint() == clip.fingerprint() != FrozenClip({'model': str(clips['vit'])}).fingerprint()
 
 
+def test_half_precision_weights_at_another_size(clips, tmp_path):
+    from safetensors.torch import load_file, save_file
+    (tmp_path / 'half').mkdir()
+    config, weights = 'open_clip_config.json', 'open_clip_model.safetensors'
+    (tmp_path / 'half' / config).write_text((clips['vit'] / config).read_text())
+    save_file({k: v.half() for k, v in load_file(clips['vit'] / weights).items()}, tmp_path / 'half' / weights)
+    half, full = (FrozenClip({'model': str(f), 'image_size': 48}) for f in (tmp_path / 'half', clips['vit']))
+    assert {v.dtype for v in half.visual.state_dict().values() if v.is_floating_point()} == {torch.float32}
+    pixels = torch.randn(2, 3, 48, 48)
+    assert half.tokens(pixels).shape == (2, 24, 12, 12)
+    torch.testing.assert_close(half.tokens(pixels), full.tokens(pixels), atol=0.05, rtol=0.05)
+
+
 def test_encoder_stays_out_of_checkpoints_and_graphs(clips):
     class Method(torch.nn.Module):
         def __init__(self):

@@ -187,8 +187,9 @@ def test_killed_run_goes_on_and_equals_an_undisturbed_one(settings, tmp_path):
 def test_processes_share_the_chunks(settings, tmp_path, monkeypatch, capsys):
     whole = generate(settings, tmp_path)
     settings = {**settings, 'output': str(tmp_path / 'shared')}
-    monkeypatch.setenv('WORLD_SIZE', '2')
-    monkeypatch.setenv('RANK', '0')
+    for name, value in {'WORLD_SIZE': '2', 'RANK': '0', 'LOCAL_RANK': '0', 'MASTER_ADDR': 'localhost',
+                        'MASTER_PORT': '1'}.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit) as left:
         generate(settings, tmp_path)
     shared = Path(settings['output'])
@@ -741,3 +742,38 @@ def test_condition_of_the_pipelines_own_encoder(settings, stage1, tmp_path):
     np.save(tmp_path / 'embeddings.npy', ours)
     kept, _ = stored(generate(common, tmp_path, generator={**spec, 'condition': 'stored'}))
     assert all(np.abs(own[i].astype(int) - kept[i]).mean() < 0.5 for i in range(UNREADABLE))
+
+
+def test_beton_is_there_before_its_picture(settings, tmp_path, monkeypatch, capsys):
+    def spread(*_):
+        raise RuntimeError('cannot draw')
+    monkeypatch.setattr(gen_views, 'spread', spread)
+    folder = generate(settings, tmp_path)
+    open_beton(folder / 'pairs.beton')
+    out, err = capsys.readouterr()
+    assert f'{folder}/pairs.png: no picture, but nothing else is missing (RuntimeError: cannot draw)\n' in err
+    assert 'source above' not in out
+
+
+def test_names_that_the_terminal_cannot_print(settings, stage1, tmp_path):
+    """Views made elsewhere: of the four images one is damaged, one has no view, and one view has no image."""
+    images, views = (os.fsencode(tmp_path) + part for part in (b'/images/', b'/made/'))
+    for folder, names in ((images, (b'1.png', b'caf\xe9.png', '\u00e9.png'.encode())), (views, (b'1.png', b'b\xe9.png',
+                                                                                           '\u00e9.png'.encode()))):
+        os.mkdir(folder)
+        for name in names:
+            with open(stage1 / 'images/000.png', 'rb') as source, open(folder + name, 'wb') as file:
+                file.write(source.read())
+    with open(images + b'bad\xe9.png', 'wb') as file:
+        file.write(b'not an image')
+    path = tmp_path / 'experiment.yaml'
+    path.write_text(yaml.safe_dump({
+        **settings, 'dataset': {'name': 'folder', 'root': str(tmp_path / 'images')}, 'source': 'folder',
+        'views_root': str(tmp_path / 'made'), 'proportions': ''}))
+    ascii_only = {'PYTHONIOENCODING': 'ascii', 'LC_ALL': 'C', 'PYTHONCOERCECLOCALE': '0', 'PYTHONUTF8': '0'}
+    done = subprocess.run(command(path), cwd=ROOT, env={**os.environ, **ascii_only}, capture_output=True, text=True,
+                          timeout=300)
+    assert done.returncode == 0 and 'Traceback' not in done.stderr, done.stderr
+    assert r'2 images have no view: bad\udce9.png, caf\udce9.png' in done.stdout
+    assert r'1 files there belong to no image: b\udce9.png' in done.stdout
+    assert open_beton(tmp_path / 'views/pairs.beton')['samples'] == 3

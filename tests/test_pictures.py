@@ -1,5 +1,7 @@
 """pictures.py on small arrays: what is drawn, and where."""
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -110,3 +112,32 @@ def test_curves_take_the_last_of_a_step_and_ignore_a_line_cut_short(tmp_path, mo
     assert found == {'loss': [[1, 2, 4, 6], [6, 5, 3, 2]], 'top1 accuracy': [[2], [0.5]]}
     pixels = opened(tmp_path / 'loss.png')
     assert pixels.shape[1] / pixels.shape[0] == pytest.approx(10 / 3.5, rel=0.01) and pixels.std() > 10
+
+
+def test_backend_that_a_notebook_leaves_behind(tmp_path):
+    script = f"import pictures; pictures.histograms({str(tmp_path / 'h.png')!r}, [('x', 'y', {{'a': [1., 2.]}}, None)])"
+    done = subprocess.run([sys.executable, '-c', script], cwd=ROOT, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, 'MPLBACKEND': 'module://matplotlib_inline.backend_inline'})
+    assert done.returncode == 0 and done.stderr == '' and np.ptp(opened(tmp_path / 'h.png')) == 255
+
+
+@pytest.mark.parametrize('broken', ['no matplotlib', 'no folder', 'no figure'])
+def test_a_picture_that_fails_is_one_line(broken, tmp_path, monkeypatch, capsys):
+    path = tmp_path / 'picture.png'
+    if broken == 'no matplotlib':
+        monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
+    elif broken == 'no folder':
+        (tmp_path / 'file').touch()
+        path = tmp_path / 'file/picture.png'
+    else:
+        def savefig(*_, **__):
+            raise ValueError('of several\nlines')
+        monkeypatch.setattr('matplotlib.figure.Figure.savefig', savefig)
+    (tmp_path / 'log.jsonl').write_text('{"step": 1, "loss": 2}\n')
+    for draw in (lambda: grid(path, [((), [('1', [plain('red')])])], columns=1),
+                 lambda: histograms(path, [('x', 'y', {'a': [1.0, 2.0]}, None)]),
+                 lambda: curves(path, tmp_path / 'log.jsonl', ['loss'], ['loss'])):
+        assert draw() is False
+        out, err = capsys.readouterr()
+        assert out == '' and err.count('\n') == 1 and err.startswith(f'{path}: no picture, but nothing else'), err
+    assert not path.exists() and not list(tmp_path.glob('.*'))

@@ -168,3 +168,12 @@ def test_impossible_settings_leave_nothing_behind(workplace, tmp_path, change, m
 @pytest.mark.parametrize('path', sorted((ROOT / 'yamls/view_eval').glob('*.yaml')), ids=lambda p: p.name)
 def test_experiments_that_ship_are_valid(path):
     view_eval.check(load_config(view_eval.DEFAULTS, [str(path)], nullable=('images',)))
+
+
+def test_result_is_there_before_its_pictures(workplace, tmp_path, monkeypatch, capsys):
+    def draw(*_, **__):
+        assert (tmp_path / 'results.json').is_file()
+        raise RuntimeError('cannot draw')
+    monkeypatch.setattr(view_eval, 'histograms', draw)
+    assert evaluate(workplace, 'half', tmp_path, 'images=7', 'quality.pc=')['pairs'] == 7
+    assert capsys.readouterr().err.endswith('no picture, but nothing else is missing (RuntimeError: cannot draw)\n')
