@@ -20,7 +20,7 @@ import pretrain  # noqa: E402
 import semi_eval  # noqa: E402
 import view_eval  # noqa: E402
 from checkpoints import NORMALIZATIONS, normalization  # noqa: E402
-from common import flat as flat_keys  # noqa: E402
+from config import flat as flat_keys  # noqa: E402
 from config import load_config  # noqa: E402
 
 STAGES = {module.__name__: module for module in (fg_proportion, gen_views, pretrain, linear_eval, semi_eval,
