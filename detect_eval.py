@@ -93,7 +93,7 @@ ALLOWED = {
     'checkpoint': 'file', 'root': 'folder', 'name': ['coco', 'voc'], 'seed': (0, 10 ** 12), 'num_workers': (0, 1024),
     'detector': ['mask_rcnn_fpn', 'faster_rcnn_fpn', 'faster_rcnn_c4'], 'channels': (1, 8192), 'anchors': (1, 10 ** 4),
     'regions': (1, 10 ** 5), 'train_sizes': (1, 10 ** 4), 'test_size': (1, 10 ** 4), 'max_size': (1, 10 ** 4),
-    'batch_size': (1, 10 ** 5), 'iterations': (1, 10 ** 9), 'lr': (1e-12, 1000.0), 'steps': (1, 10 ** 9),
+    'batch_size': (1, 10 ** 5), 'iterations': (1, 10 ** 9), 'lr': (1e-30, 1000.0), 'steps': (1, 10 ** 9),
     'warmup': (0, 10 ** 9), 'momentum': (0.0, 0.9999), 'weight_decay': (0.0, 0.999), 'log_every': (1, 10 ** 9),
     'save_every': (1, 10 ** 9)}
 VOC_CLASSES = ('aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person '

@@ -91,7 +91,7 @@ ALLOWED = {
     'checkpoint': 'file', 'train_beton': 'file', 'test_beton': 'file', 'heads': (1, 64),
     'metric': ['top1', 'mean_per_class'], 'seed': (0, 10 ** 12), 'num_workers': (1, 1024), 'image_size': (1, 1024),
     'resize': (1, 4096), 'batch': (1, 10 ** 5), 'k': (1, 10 ** 7), 'temperature': (0.02, 100.0),
-    'optimizer': list(OPTIMIZERS), 'lr': (1e-12, 1000.0), 'more_lrs': (1e-12, 1000.0), 'milestones': (1, 10 ** 6),
+    'optimizer': list(OPTIMIZERS), 'lr': (1e-30, 1000.0), 'more_lrs': (1e-30, 1000.0), 'milestones': (1, 10 ** 6),
     'final_share': (0.0, 1.0), 'epochs': (1, 10 ** 6), 'batch_size': (1, 10 ** 6), 'momentum': (0.0, 0.9999),
     'weight_decay': (0.0, 0.999)}
 

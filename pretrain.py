@@ -193,7 +193,7 @@ ALLOWED = {
     'moco.queue': (1, 10 ** 7), 'queue': (0, 10 ** 7), 'queue_from_epoch': (0, EVER), 'freeze_prototypes': (0, EVER),
     'bn_splits': (1, 4096), 'momentum': (0.0, 0.999999), 'momentum_end': (0.0, 1.0), 'temperature': (0.001, 100.0),
     'epsilon': (0.001, 100.0), 'invariance': (0.0, 1e6), 'variance': (0.0, 1e6), 'covariance': (0.0, 1e6),
-    'lr': (1e-12, 1000.0), 'final_lr': (0.0, 1000.0), 'optimizer.momentum': (0.0, 0.9999),
+    'lr': (1e-30, 1000.0), 'final_lr': (0.0, 1000.0), 'optimizer.momentum': (0.0, 0.9999),
     'weight_decay': (0.0, 0.999), 'clip_grad': (1e-12, 1e12), 'epochs': (1, 10 ** 6), 'batch_size': (1, 10 ** 6),
     'accumulate': (1, 10 ** 6), 'every': (0, EVER), 'k': (1, 10 ** 7), 'knn.temperature': (0.02, 100.0),
     'log_every': (1, EVER), 'save_every_epochs': (1, EVER), 'save_every_steps': (1, EVER)}

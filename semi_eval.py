@@ -83,8 +83,8 @@ BOOKKEEPING = ('checkpoint', 'output', 'device', 'num_workers', 'batch', 'log_ev
 ALLOWED = {
     'checkpoint': 'file', 'train_beton': 'file', 'test_beton': 'file', 'heads': (1, 64), 'share': (1e-9, 1.0),
     'seed': (0, 10 ** 12), 'num_workers': (1, 1024), 'image_size': (1, 1024), 'resize': (1, 4096),
-    'batch': (1, 10 ** 5), 'epochs': (1, 10 ** 6), 'batch_size': (1, 10 ** 5), 'lr_backbone': (1e-12, 1000.0),
-    'lr_head': (1e-12, 1000.0), 'milestones': (1, 10 ** 6), 'gamma': (1e-12, 1.0), 'momentum': (0.0, 0.9999),
+    'batch': (1, 10 ** 5), 'epochs': (1, 10 ** 6), 'batch_size': (1, 10 ** 5), 'lr_backbone': (1e-30, 1000.0),
+    'lr_head': (1e-30, 1000.0), 'milestones': (1, 10 ** 6), 'gamma': (1e-12, 1.0), 'momentum': (0.0, 0.9999),
     'weight_decay': (0.0, 0.999), 'log_every': (1, 10 ** 9)}
 
 
