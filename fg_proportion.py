@@ -200,7 +200,9 @@ class Sweep:
         size, source = self.config['batch_size'], self.images.source
         for file, chunk in chunks if name == 'proportion' else ():
             for part in load_parts([file], 'identity') if file.is_file() else ():
-                same_images(source, chunk, part['identity'], file, 'delete the run folder to start again')
+                known = np.zeros(len(source), np.uint32)
+                known[chunk] = part['identity']
+                same_images(source, chunk, known, file, 'delete the run folder to start again')
         batches = [(file, chunk[start:start + size], start + size >= len(chunk)) for file, chunk in chunks
                    if not file.is_file() for start in range(0, len(chunk), size)]
         loader = iter(DataLoader(self.images, batch_sampler=[batch.tolist() for _, batch, _ in batches],

@@ -286,11 +286,11 @@ def test_two_tasks_on_the_same_chunks_do_no_harm(run, clips, images, tmp_path):
 def test_result_taken_away_by_a_faster_task(stage, run, clips, images, tmp_path, monkeypatch):
     folder, load_parts = tmp_path / 'out', fg_proportion.load_parts
 
-    def late(files):  # another task has made the result and removed the chunks that this one is about to read
+    def late(files, *keys):  # another task has made the result and removed the chunks that this one is about to read
         if 'proportion' in files[0].name:
             (folder / 'fg_proportion.npz').write_bytes((run[0] / 'fg_proportion.npz').read_bytes())
             raise Fail('is missing')
-        return load_parts(files)
+        return load_parts(files, *keys)
     monkeypatch.setattr(fg_proportion, 'load_parts', late)
     stage(write_yaml(tmp_path / 'a.yaml', images, clips['vit'], folder))
     assert (folder / 'fg_proportion.npz').read_bytes() == (run[0] / 'fg_proportion.npz').read_bytes()

@@ -183,7 +183,8 @@ def test_a_gpu_by_its_number(monkeypatch):
     assert chosen == [torch.device(f'cuda:{k}') for k in (1, 0, 0, 0)]
     with pytest.raises(Fail, match='device: GPU 2 asked for, and torch sees 2, counted from 0'):
         Processes('cuda:2', group=False)
-    for key, value in (('RANK', '2'), ('WORLD_SIZE', '3'), ('LOCAL_RANK', '2')):
+    for key, value in {'RANK': '2', 'WORLD_SIZE': '3', 'LOCAL_RANK': '2', 'MASTER_ADDR': 'here',
+                       'MASTER_PORT': '1'}.items():
         monkeypatch.setenv(key, value)
     with pytest.raises(Fail, match='device: cuda:1 is one GPU, and there are 3 processes'):
         Processes('cuda:1', group=False)

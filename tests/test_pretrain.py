@@ -49,6 +49,7 @@ def workplace(tmp_path_factory):
     def samples(i):
         return images[i, 0], images[i, 1] if i % 4 else None, i % 3, i, 100 if i % 4 else -1
     write_beton(folder / 'pairs.beton', samples, 64, {})
+    write_beton(folder / 'known.beton', samples, 48, {})  # to test a monitor on: the first neighbour is the image
     (folder / 'small.yaml').write_text(f"""
 output: out
 precision: fp32
@@ -176,7 +177,7 @@ def test_several_betons_are_one_training_set(workplace, tmp_path):
 
 def test_monitor_writes_the_accuracy_and_leaves_the_run_alone(workplace, tmp_path):
     beton = workplace / 'pairs.beton'
-    knn = ('knn.every=1', f'knn.train_beton={beton}', f'knn.test_beton={beton}', 'knn.k=1')
+    knn = ('knn.every=1', f'knn.train_beton={beton}', f'knn.test_beton={workplace}/known.beton', 'knn.k=1')
     for name, changes in (('off', ()), ('on', knn)):
         pretrain.main(config_of(workplace, 'epochs=2', *changes, f'output={tmp_path}/{name}'))
     found = [json.loads(text) for text in (tmp_path / 'on/log.jsonl').read_text().splitlines()]
@@ -234,7 +235,7 @@ def test_torchrun_trains_as_one_process(workplace, tmp_path):
 def test_two_processes_go_on_where_one_stopped(workplace, tmp_path, monkeypatch):
     """SwAV's queue, prototypes and small crops, synchronised batch norm, the monitor."""
     changes = ('method=swav', *METHOD['swav'], 'knn.every=1', f'knn.train_beton={workplace}/pairs.beton', 'knn.k=1',
-               f'knn.test_beton={workplace}/pairs.beton')
+               f'knn.test_beton={workplace}/known.beton')
     pretrain.main(config_of(workplace, *changes, f'output={tmp_path}/one'))
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(pretrain, 'StopSignal', StopAfter)
@@ -425,7 +426,7 @@ def test_betons_with_other_fields_are_refused(workplace, tmp_path):
     ('optimizer.clip_grad=-1', 'optimizer.clip_grad: -1'), ('small_crops.count=6', 'small_crops.count: mocov2 takes a'),
     ('accumulate=3', 'batch_size: 16 .* not a multiple of the 1 processes x 3'), ('accumulate=0', 'accumulate: 0'),
     ('accumulate=16 method=byol', 'batch_size: byol needs two samples'), ('knn.every=1', 'knn.train_beton: must name'),
-    ('knn.every=1 knn.train_beton=HERE knn.test_beton=HERE', 'knn.k: 200 neighbours out of 64'),
+    ('knn.every=1 knn.train_beton=HERE knn.test_beton=KNOWN', 'knn.k: 200 neighbours out of 64'),
     ('backbone.zero_init_residual=3', "'backbone.zero_init_residual' must be bool or null, not 3"),
     ('data.beton=[]', 'data.beton: must name'),
     ('image_size=33', 'image_size: views of 33 px from stored images of 16 px .*: set image_size=16, or'),
@@ -441,7 +442,7 @@ def test_betons_with_other_fields_are_refused(workplace, tmp_path):
     ('data.beton=missing.beton', 'missing.beton'), ('data.alpha=2', 'alpha'), ('batch_size=128', 'batch'),
     ('view_1.crop_scale=[2,1]', 'crop_scale'), ('data.swap=both', 'swap'), ('quality.enabled=true', 'quality.pc')])
 def test_impossible_settings_leave_nothing_behind(workplace, tmp_path, change, message):
-    change = change.replace('HERE', f'{workplace}/pairs.beton')
+    change = change.replace('HERE', f'{workplace}/pairs.beton').replace('KNOWN', f'{workplace}/known.beton')
     changes = [f'output={tmp_path}/out', 'moco.queue=128', *change.split(' ')]
     with pytest.raises(Fail, match=message) as error:
         pretrain.main(config_of(workplace, *changes))
