@@ -421,8 +421,8 @@ def measure(config, folder):
         return
     proportion = level = None
     if config['proportions']:
-        proportion, identity = (np.concatenate([part[key] for part in load_parts(files, key)])
-                                for key in ('proportion', 'identity'))
+        proportion, identity = map(np.concatenate, zip(*(
+            (part['proportion'], part['identity']) for part in load_parts(files, 'proportion', 'identity'))))
         level = noise_level(proportion)
         same_images(source, np.arange(len(source)), identity, folder, 'delete it to start again')
         result.update(proportion=proportion, noise_level=level, identity=identity.astype(np.uint32))
