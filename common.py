@@ -32,8 +32,9 @@ def run(stage, defaults, nullable=()):
         if isinstance(error, OSError):
             if error.errno in (errno.ENOSPC, errno.EDQUOT):  # met by the log; the rest is atomic()
                 error = f'{error.strerror}: make room, and the same command goes on'
-            elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename:
-                error = f'{error.filename}: {error.strerror}: change its permissions, or name another in the YAML'
+            elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR) \
+                    and error.filename:
+                error = f'{error.filename}: {error.strerror}: mend that, or name another in the YAML'
             else:
                 raise
         elif isinstance(error, RuntimeError):
@@ -163,9 +164,14 @@ def shard(text, processes):
         if task >= tasks:
             raise Fail(f"shard: must be i/n with 0 <= i < n (0/4, 1/4, 2/4, 3/4), not '{text}'")
     elif 'SLURM_ARRAY_TASK_ID' in os.environ:
-        task, tasks, low, high, step = (int(os.environ.get(f'SLURM_ARRAY_TASK_{name}', default)) for name, default in
-                                        (('ID', 0), ('COUNT', 1), ('MIN', 0), ('MAX', 0), ('STEP', 1)))
-        if (high - low) // step + 1 != tasks:  # such as --array=3,7,8, the failed ones of an earlier array
+        names = [f'SLURM_ARRAY_TASK_{name}' for name in ('ID', 'COUNT', 'MIN', 'MAX', 'STEP')]
+        wrong = [name for name in names if not os.environ.get(name, '1' if name.endswith('STEP') else '').isdecimal()]
+        if wrong:
+            raise Fail(f'SLURM_ARRAY_TASK_ID is set in the environment, but {", ".join(wrong)} is no number: Slurm '
+                       'sets them all; unset it, or set shard=i/n')
+        task, tasks, low, high, step = (int(os.environ.get(name, 1)) for name in names)
+        # not so: --array=3,7,8, the failed ones of an earlier array
+        if step < 1 or not low <= task <= high or (high - low) // step + 1 != tasks:
             raise Fail(f'Slurm array of {tasks} tasks between {low} and {high}: which chunks are whose does not follow '
                        'from these; submit the same array again (what is finished is not done again), or set shard=i/n')
         task = (task - low) // step

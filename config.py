@@ -210,6 +210,11 @@ def flat(config, prefix=''):
     return {key: value for part in parts for key, value in part.items()}
 
 
+def few(names):
+    """The first of many names, for a line."""
+    return ', '.join(names[:5]) + ', ...' * (len(names) > 5)
+
+
 def check_values(config, allowed):
     """Raises Fail where a value is none of those that a stage can work with; what may be null, may.
 

@@ -231,6 +231,8 @@ def open_beton(path, verify=True):
         raise Fail(f'{path}: does not exist{half}: write it first') from None
     except OSError as e:
         raise Fail(f'{path}: cannot be read: {e.strerror or e}') from e
+    settings = sidecar['settings'] if isinstance(sidecar['settings'], dict) else {}     # of other writers: any JSON
+    sidecar['settings'] = settings if isinstance(settings.get('dataset', {}), dict) else {**settings, 'dataset': {}}
     if len(blocks) == len(crc):
         with suppress(Fail):                             # a read-only folder: it is checked again next time
             atomic(memo, lambda p: p.write_text(key))
@@ -415,5 +417,6 @@ def check_size(loader, sizes, meant=False):
     text = f'{key}: views of {sizes[key]} px from stored images of {side} px (median of the shorter side)'
     if sizes[key] > 2 * side and not meant:
         where = ' + '.join(map(str, loader.paths))
-        raise Fail(f'{text} in {where}: set {key}={side}, or write the beton from larger images')
+        raise Fail(f'{text} in {where}: set {key}={side}, or write the beton from larger images'
+                   + f'; where the enlargement is meant, set {key}={sizes[key]}' * (meant is None))
     return f'{text} are enlarged' if sizes[key] > side else None

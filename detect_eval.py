@@ -143,7 +143,7 @@ def read_voc(root, split):
                     area = 1e11 if thing.get('difficult') == '1' else box[2] * box[3]
                     things.append({'id': len(things) + 1, 'image_id': images[-1]['id'], 'bbox': box, 'area': area,
                                    'category_id': VOC_CLASSES.index(thing['name']) + 1})
-    except (RuntimeError, OSError, ValueError, KeyError, ElementTree.ParseError) as error:
+    except (RuntimeError, OSError, ValueError, KeyError, TypeError, ElementTree.ParseError) as error:
         raise Fail(f'dataset: VOC {split} cannot be read from {root} ({" ".join(str(error).split())}); unpack there '
                    'VOC2007 trainval and test and VOC2012 trainval of host.robots.ox.ac.uk/pascal/VOC') from None
     categories = [{'id': number, 'name': name} for number, name in enumerate(VOC_CLASSES, 1)]
@@ -153,6 +153,18 @@ def read_voc(root, split):
 def numbers(values, least=1):
     return isinstance(values, list) and len(values) >= least and all(
         type(v) in (int, float) and abs(v) < 1e9 for v in values)  # NaN is not
+
+
+def run_lengths(text):
+    """The numbers in pycocotools' compressed form, which does not look at their sum itself."""
+    counts, number, shift = [], 0, 0
+    for byte in text.encode():
+        number, shift = number | (byte - 48 & 31) << shift, shift + 5
+        if not byte - 48 & 32:
+            number -= (byte - 48 >> 4 & 1) << shift
+            counts.append(number + (counts[-2] if len(counts) > 2 else 0))
+            number = shift = 0
+    return counts
 
 
 def wrong_with(thing, size, masks):
@@ -168,8 +180,8 @@ def wrong_with(thing, size, masks):
         return ''
     if isinstance(shape, dict):  # run lengths, as numbers or compressed
         counts = shape.get('counts')
-        good = shape.get('size') == size and (isinstance(counts, str) and counts.isascii() and counts or
-                                              numbers(counts) and min(counts) >= 0 and sum(counts) == size[0] * size[1])
+        counts = run_lengths(counts) if isinstance(counts, str) and counts.isascii() else counts
+        good = shape.get('size') == size and numbers(counts) and min(counts) >= 0 and sum(counts) == size[0] * size[1]
     else:
         good = isinstance(shape, list) and shape and all(numbers(part, 6) and len(part) % 2 == 0 for part in shape)
     return '' if good else (

@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from config import Fail
+from config import Fail, few
 from data import PairLoader, check_size
 from models import gather, normalize
 
@@ -44,8 +44,7 @@ def class_map(train, test):
     train, test: loaders of `labelled`. Of betons that were not written from datasets the numbers count. Raises Fail
     where the test images have other classes, or are the training images."""
     pair = f'{test.paths[0]} (test) and {train.paths[0]} (train)'
-    described = [loader.sidecar['settings'] if isinstance(loader.sidecar['settings'], dict) else {}
-                 for loader in (train, test)]
+    described = [loader.sidecar['settings'] for loader in (train, test)]
     ours, theirs = ([described[k].get('dataset', {}).get(key) for key in ('name', 'root', 'split')] for k in (0, 1))
     if train.sidecar['crc32'] == test.sidecar['crc32'] or ours == theirs and ours[0]:
         raise Fail(f'{pair} hold the same images, and what is measured on those says nothing about new ones: test on '
@@ -53,13 +52,12 @@ def class_map(train, test):
     names, test_names = (d.get('classes') or [] for d in described)
     occurring = np.unique(test.metadata['f2'])
     if not names or len(test_names) <= occurring[-1]:
-        if ours[0] and theirs[0] and (ours[0] != theirs[0] or names or test_names):
+        if ours[0] and theirs[0] and (ours[0] != theirs[0] or ours[0] == 'folder' and (names or test_names)):
             raise Fail(f'{pair} are of the datasets {ours[0]} and {theirs[0]}, and do not both name their classes: '
-                       'write both again')
+                       'delete the one that names none, and gen_views.py packs it again')
         return torch.arange(occurring[-1] + 1)
     strange = [test_names[k] for k in occurring if test_names[k] not in names]
     if strange or len(set(names)) < len(names) and names != test_names:
-        few = lambda words: ', '.join(words[:5]) + ', ...' * (len(words) > 5)
         raise Fail(f'{pair} have other classes: {few(strange)} of the test images are not among {few(names)}')
     number = {name: k for k, name in enumerate(names)}
     return torch.arange(len(names)) if names == test_names else torch.tensor([number.get(n, 0) for n in test_names])

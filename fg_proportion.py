@@ -28,6 +28,7 @@ eigenvector, or the file of `pca`, into it), `mean` (K,), `threshold`, `explaine
 projected and not normalised (zeros: unreadable), made for numpy.load(..., mmap_mode='r'); histogram.png,
 foreground.png, config.yaml, versions.json, log.jsonl.
 """
+import os
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -324,7 +325,8 @@ def main(config):
                 raise
     elif first:
         known = load_arrays(finished, f'delete {folder} to start again', keys=()).get('identity')
-        if known is not None:  # as in an earlier version, and with proportions=false
+        # None: of an earlier version, or with proportions=false. The tasks of an array would all look at all images
+        if known is not None and 'SLURM_ARRAY_TASK_ID' not in os.environ and not config['shard']:
             source = source_dataset({**config['dataset'], 'download': False})
             same_images(source, np.arange(len(source)), known, finished, 'delete the folder to start again')
         say(f'{folder}: this run is finished; delete the folder to start again')
@@ -349,14 +351,15 @@ def measure(config, folder):
     pca_count = min(config['pca_images'], len(source))
     published = published_component(config['pca'], clip.token_dim) if config['pca'] is not None else None
     if (parts / 'run.npz').is_file():
-        old = load_arrays(parts / 'run.npz', f'delete {folder} to start again', ('encoder', 'images'))
+        old = load_arrays(parts / 'run.npz', f'delete {folder} to start again', ('encoder', 'images', 'identities'))
         if (str(old['encoder']), int(old['images'])) != (clip.fingerprint(), len(source)):
             raise Fail(f'{folder}: was started with other weights or another number of images; delete the folder')
     processes.barrier()
     log = Log(folder, config, processes.main, alone=False)  # tasks of an array share it
     parts.mkdir(parents=True, exist_ok=True)
     if processes.main:
-        atomic(parts / 'run.npz', lambda p: np.savez(p, encoder=clip.fingerprint(), images=len(source)), once=True)
+        atomic(parts / 'run.npz', lambda p: np.savez(p, encoder=clip.fingerprint(), images=len(source),
+                                                       identities=True), once=True)
     log.write(source.note)
     log.write(f"{len(source):,} images; {config['clip']['model']}: {clip.image_size} px, tokens {clip.token_dim}, "
               f'embedding {clip.embedding_dim}; {processes.world} x {processes.device.type}; run folder {folder}')

@@ -30,10 +30,10 @@ def atomic(path, write, once=False):
     """write(temporary_path), then rename: a reader sees the old file or the new one, never half of one. once: a file
     that is there stays as it is, so that of two processes that make the same one the first counts for both."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f'.{path.name}.{os.uname().nodename}.{os.getpid()}.tmp{path.suffix}')
-    temporary.unlink(missing_ok=True)  # of a killed process with this number; it may be a link to the finished file
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)  # of a killed process with this number; maybe a link to the finished file
         write(temporary)
         with open(temporary, 'rb') as file:
             os.fsync(file.fileno())
@@ -45,7 +45,8 @@ def atomic(path, write, once=False):
     except OSError as error:
         raise Fail(f'{path}: cannot be written: {error.strerror or error}') from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def save_checkpoint(path, state):
@@ -71,7 +72,7 @@ def damage(path):
             entries = json.loads(file.read(length)) if head[8:9] == b'{' and length < min(size, 1e8) else {}
     except OSError as error:
         return f'cannot be read ({error.strerror})', again
-    except ValueError:
+    except (ValueError, RecursionError):
         entries = {}
     if not size:
         return 'is empty', again
@@ -84,7 +85,8 @@ def damage(path):
     if head.startswith(b'PK\3\4') and not whole:
         return 'is cut short', again
     if isinstance(entries, dict) and head[8:9] == b'{' and length < 1e8:
-        ends = [8 + length, *(8 + length + e['data_offsets'][1] for e in entries.values() if 'data_offsets' in e)]
+        ends = [8 + length, *(8 + length + e['data_offsets'][1] for e in entries.values()
+                              if isinstance(e, dict) and 'data_offsets' in e)]
         if max(ends) > size:
             return 'is cut short', again
         if path.suffix != '.safetensors':
@@ -146,7 +148,7 @@ def load_json(path, mend=None):
 
 
 def load_arrays(path, mend=None, keys=None, mmap_mode=None):
-    """The arrays of a .npz, a dict with at least `keys`; without keys the one array of a .npy."""
+    """The arrays `keys` of a .npz as a dict, all for (); without keys the one array of a .npy."""
     try:
         found = np.load(path, mmap_mode, allow_pickle=False)
         if isinstance(found, np.ndarray) != (keys is None):
@@ -157,7 +159,7 @@ def load_arrays(path, mend=None, keys=None, mmap_mode=None):
             absent = [key for key in keys if key not in found]
             if absent:
                 raise ValueError(f"holds no {', '.join(absent)}")
-            return dict(found)
+            return {key: found[key] for key in keys or found}
     except Exception as error:  # of numpy, zipfile and pickle
         raise unreadable(path, error, mend) from None
 

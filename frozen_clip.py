@@ -145,10 +145,13 @@ class Quality:
             raise Fail(f"quality.pc: {config['pc']}: no such file; fg_proportion.py writes it as fg_proportion.npz")
         whole = path.suffix == '.npz'
         try:
-            loaded = load_arrays(path, 'run fg_proportion.py with this encoder again', ('pc',) if whole else None)
-            pc = np.asarray(loaded['pc'] if whole else loaded, np.float32).reshape(-1)
+            loaded = load_arrays(path, 'run fg_proportion.py with this encoder again', () if whole else None)
+            pc = np.asarray(loaded['pc'] if whole else loaded, np.float32)
+            if pc.shape not in ((pc.size,), (pc.size, 1)) or not np.isfinite(pc).all() or not pc.any():
+                raise ValueError('it must be of shape (K,) or (K, 1), finite and not zero')
+            pc = pc.reshape(-1)
             encoder = str(loaded['encoder']) if whole and 'encoder' in loaded else None
-        except (Fail, TypeError, ValueError) as error:
+        except (Fail, KeyError, TypeError, ValueError) as error:
             raise Fail(f'quality.pc: {error}' if isinstance(error, Fail) else
                        f'quality.pc: {path}: no principal component in it ({error})') from None
         self.clip, self.temperature = FrozenClip(config['clip'], device), config['temperature']

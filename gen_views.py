@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from chunks import ForeignViews, StoredViews, bad, chunk_defects, encode_view, view_names, write_chunk
 from common import Log, Processes, StopSignal, run, say, shard
-from config import Fail, changed_keys, check_values, run_folder
+from config import Fail, changed_keys, check_values, few, run_folder
 from files import atomic, load_arrays, load_json, save_json
 from data import BeingWritten, open_beton, write_beton
 from pictures import grid, harmless
@@ -118,7 +118,7 @@ def main(config):
 
     def compare(indices):
         """With the images that stage 1 saw, and with those that were packed."""
-        packed = load_arrays(images, 'delete it') if images.is_file() else None
+        packed = load_arrays(images, 'delete it') if images.is_file() and (chunks or beton.exists()) else None
         for seen, what, remedy in ((known, config['proportions'], 'run fg_proportion.py on them again'),
                                    (packed, output, 'choose another output folder')):
             if seen is not None:
@@ -133,13 +133,14 @@ def main(config):
     if elsewhere:
         without = [source.path(i) for i, file in enumerate(views.files) if file is None]
         for files, what in ((without, 'images have no view'), (views.left, 'files there belong to no image')):
-            log.write(f"{config['views_root']}: {len(files)} {what}" + f": {', '.join(files[:5])}" * bool(files))
+            log.write(f"{config['views_root']}: {len(files)} {what}" + f': {few(files)}' * bool(files))
     elif config['strategy'] != 'none':
         chunks = [(output / 'views' / f'{number:06d}.tar', range(start, min(start + config['chunk_size'], len(source))))
                   for number, start in enumerate(range(0, len(source), config['chunk_size']))]
         mine = chunks[first::step]
-        compare(np.array([i for _, part in mine for i in part], int))
         todo = [c for c in mine if not c[0].exists() and (not config['verify'] or bad(c[0]).exists())]
+        if todo or config['verify']:
+            compare(np.array([i for _, part in mine for i in part], int))
         log.write(f'{len(source)} images, levels {histogram(levels)}; {len(chunks)} chunks, {len(todo)} to make here')
         if todo and config['pack'] is not True:
             generate(config, todo, source, levels, embeddings, record, settings_agree, processes, log, stop)
@@ -158,7 +159,8 @@ def main(config):
     if config['pack'] is False:
         log.write(f'all chunks are there; pack=true writes {beton}')
         return
-    compare(np.arange(len(source)))
+    if first == 0 or not beton.exists():  # not all tasks at all images
+        compare(np.arange(len(source)))
     settings.update({k: config[k] for k in ('image_size', 'beton_mode', 'beton_quality')}, classes=source.classes)
     if beton.exists():
         packed = {'classes': source.classes, **open_beton(beton, verify=False)['settings']}  # earlier ones name none
@@ -173,8 +175,8 @@ def main(config):
         views = StoredViews(output / 'views', config['chunk_size'], names)
     try:
         identities = source.identities(range(len(source)))
-        pack(config, beton, source, levels, views, settings, log, stop)
         atomic(images, lambda path: np.save(path, identities))
+        pack(config, beton, source, levels, views, settings, log, stop)
     except BeingWritten:
         log.write(f'{beton}: another process is packing it')
 

@@ -202,7 +202,7 @@ def main(config):
         raise Fail(f"knn.k: {knn['k']} neighbours out of {n_train} training images; set a smaller knn.k")
     if linear['batch_size'] > n_train:
         raise Fail(f"linear.batch_size: {linear['batch_size']} is more than the {n_train} training images")
-    dataset = (sidecars['test']['settings'] or {}).get('dataset', {}).get('name')
+    dataset = sidecars['test']['settings'].get('dataset', {}).get('name')
     metric = config['metric'] or ('mean_per_class' if dataset in PER_CLASS else 'top1')
 
     # The same question again: show the answer, or go on where it stopped. A new one in the same folder starts anew.
@@ -283,7 +283,7 @@ def main(config):
         worse = [str(lr) for lr, loss in zip(lrs, loss_sum.tolist()) if not loss <= math.log(classes)]
         if epoch + 1 == linear['epochs'] and worse:
             log.write(f"linear probe: with lr {', '.join(worse)} the loss of the last epoch is above that of guessing: "
-                      'it has diverged, its accuracy says nothing')
+                      'a smaller one may be better')
         if processes.main and (linear['augment'] or time.perf_counter() - last_saved > 60):
             save_checkpoint(checkpoint, {'probes': probes.state_dict(), 'optimizer': optimizer.state_dict(),
                                          'epoch': epoch + 1, 'config': identity})

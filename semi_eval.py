@@ -120,26 +120,27 @@ def listed(path, root, sidecar, indices, beton=None):
     except OSError as error:
         raise Fail(f'subset.file: {path}: cannot be read: {error}') from None
     position = {int(index): k for k, index in enumerate(indices)}
+    seen = None
     if all(name.isdecimal() for name in names):
         found = [position.get(int(name)) for name in names]
     else:
-        spec = (sidecar['settings'] or {}).get('dataset')
+        spec = sidecar['settings'].get('dataset')
         if not spec:
             raise Fail(f'subset.file: {path}: names files, and the beton does not say of which dataset; give indices')
         source = source_dataset({**spec, **({'root': root} if root else {})})
         if len(source) <= indices.max():
             raise Fail(f"subset.file: {path}: {spec['name']} in {root or spec['root']} has {len(source)} images, the "
                        'beton was written from more: set subset.root')
-        if beton and beton.with_name('images.npy').is_file():
-            same_images(source, indices, load_arrays(beton.with_name('images.npy'), 'delete it'), beton,
-                        'give indices in subset.file')
         whole = any('/' in name for name in names)
         by_name = {source.path(i) if whole else Path(source.path(i) or '').name: k for i, k in position.items()}
         if len(by_name) < len(position):
             raise Fail(f"subset.file: {path}: names files, but those of {spec['name']} are not different; give their "
                        'paths from the root, or indices')
         found = [by_name.get(name) for name in names]
+        seen = beton and beton.with_name('images.npy')
     chosen = np.array(sorted({k for k in found if k is not None}), np.int64)
+    if seen and seen.is_file():
+        same_images(source, indices[chosen], load_arrays(seen, 'delete it'), beton, 'give indices in subset.file')
     lost = found.count(None)
     if lost > 0.01 * len(names) or not len(chosen):
         raise Fail(f'subset.file: {path}: {lost} of its {len(names)} images are not in the training beton, e.g. '
@@ -217,8 +218,9 @@ def main(config):
     labels, indices = (everything.metadata[field].astype(np.int64) for field in ('f2', 'f3'))
     n_test, known = len(every_test.metadata), class_map(everything, every_test)
     classes = int(labels.max()) + 1
-    if known.max() >= classes:
-        raise Fail(f"{config['test_beton']}: has a label {known.max()}; those of the training images end at "
+    last_label = int(known[torch.from_numpy(every_test.metadata['f2'].astype(np.int64))].max())
+    if last_label >= classes:
+        raise Fail(f"{config['test_beton']}: has a label {last_label}; those of the training images end at "
                    f'{classes - 1}')
     subset = config['subset']
     if subset['file']:

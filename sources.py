@@ -16,12 +16,13 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from config import Fail, check_keys
+from config import Fail, check_keys, few
 
 CIFAR10_SHA256 = {'train': '67e12c2a5906880a4fe5595fe6d768185ad7ca587f35d3a7ece3c3b8b85035d2',
                   'test': 'e54a434ec35094516eacbaac0f2f9550358d985e9d1f71b47d41d333c15ba304'}  # images + int64 labels
@@ -98,8 +99,10 @@ class Source:
 
     def identities(self, indices):
         """uint32 array of the identities of some images."""
+        parts = np.array_split(np.asarray(indices, np.int64), len(indices) // 256 + 1)
         with ThreadPoolExecutor(8) as pool:              # a network file system answers several at a time
-            return np.fromiter(pool.map(self.identity, indices, chunksize=256), np.uint32, len(indices))
+            found = pool.map(lambda part: [self.identity(i) for i in part.tolist()], parts)
+            return np.fromiter(chain.from_iterable(found), np.uint32, len(indices))
 
 
 def same_images(source, indices, known, what, remedy):
@@ -180,7 +183,10 @@ def source_dataset(spec):
         raise Fail(text) from e
     finally:
         socket.setdefaulttimeout(patience)
-    return Source(name, read, labels, classes, paths, home, note, subset)
+    try:
+        return Source(name, read, labels, classes, paths, home, note, subset)
+    except (TypeError, ValueError) as e:
+        raise Fail(f'dataset {name} in {root}: its labels are no class numbers ({" ".join(str(e).split())})') from e
 
 
 def shrink(image, side):
@@ -289,10 +295,6 @@ def is_image(name):
     return os.path.splitext(name)[1].lower() in EXTENSIONS
 
 
-def _few(names):
-    return ', '.join(names[:5]) + ', ...' * (len(names) > 5)
-
-
 def _split_folder(root, folders, split):
     """The folder of a split below root and the folders beside the splits, or (root, [])."""
     there = {kind: name for kind, names in SPLIT_FOLDERS.items() for name in reversed(folders) if name.lower() in names}
@@ -302,7 +304,7 @@ def _split_folder(root, folders, split):
         if any(is_image(entry.name) for entry in visible(root / name)):
             there = {}
         else:
-            raise Fail(f'dataset: {root}: is {name} a split, or a class beside {_few(others)}? For the first set '
+            raise Fail(f'dataset: {root}: is {name} a split, or a class beside {few(others)}? For the first set '
                        f'dataset.root={root / name}; otherwise put its images directly into it')
     if not there and split != 'train':
         raise Fail(f'dataset: {root} has no split {split!r}: it has no folders {", ".join(SPLIT_FOLDERS)}. To read all '
@@ -335,8 +337,8 @@ def _folder(root, split, download):
         raise Fail(f'dataset: no images ({", ".join(EXTENSIONS)}) in {root} or its sub-folders'
                    + f'; there are other files: {skipped}' * bool(left))
     notes = [text for text in (
-        others and f'not used beside the splits: {_few(others)}',
-        empty and f'folders without images, which are no classes: {_few(empty)}',
+        others and f'not used beside the splits: {few(others)}',
+        empty and f'folders without images, which are no classes: {few(empty)}',
         files and direct and f'{len(direct)} images directly in it are not used, only those of its folders',
         left and f'files that are not read, by extension: {skipped}') if text]
     note = f'{root}: {"; ".join(notes)}' if notes else None
