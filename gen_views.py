@@ -150,8 +150,8 @@ def main(config):
             return
     missing = [path.name for path, _ in chunks if not path.exists()]
     if missing and config['pack'] is True:
-        raise Fail(f"{output / 'views'}: {len(missing)} of {len(chunks)} chunks are missing ({', '.join(missing[:5])}"
-                   f"{', ...' * (len(missing) > 5)}); make them first, without pack=true")
+        raise Fail(f"{output / 'views'}: {len(missing)} of {len(chunks)} chunks are missing ({few(missing)}); make "
+                   'them first, without pack=true')
     if missing or stop:
         log.write(f'{stop.name}: leaving; ' * bool(stop) + f'{len(missing)} of {len(chunks)} chunks are still to be '
                   'made; the same command goes on')

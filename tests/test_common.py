@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from common import Log, ranks  # noqa: E402
+from common import Log, Processes, ranks, shard  # noqa: E402
 from config import Fail  # noqa: E402
 
 TORCHRUN = {'RANK': '1', 'WORLD_SIZE': '4', 'LOCAL_RANK': '1', 'MASTER_ADDR': 'localhost', 'MASTER_PORT': '29500'}
@@ -63,6 +63,19 @@ def test_ranks_that_are_no_numbers(environment, change):
     environment(**{**TORCHRUN, **change})
     with pytest.raises(Fail, match='^{}={} in the environment is not a number'.format(*next(iter(change.items())))):
         ranks()
+
+
+@pytest.mark.parametrize('change, words', [
+    ({'ID': '3'}, 'SLURM_ARRAY_TASK_COUNT, SLURM_ARRAY_TASK_MIN, SLURM_ARRAY_TASK_MAX is no number'),
+    ({'ID': 'x', 'COUNT': '4', 'MIN': '0', 'MAX': '3'}, 'SLURM_ARRAY_TASK_ID is no number'),
+    ({'ID': '9', 'COUNT': '4', 'MIN': '0', 'MAX': '3'}, 'which chunks are whose does not follow'),
+    ({'ID': '1', 'COUNT': '4', 'MIN': '0', 'MAX': '3', 'STEP': '0'}, 'which chunks are whose does not follow')])
+def test_half_an_array_is_one_line(environment, monkeypatch, change, words):
+    environment()
+    for name, value in change.items():
+        monkeypatch.setenv(f'SLURM_ARRAY_TASK_{name}', value)
+    with pytest.raises(Fail, match=words):
+        shard('', Processes('cpu', group=False))
 
 
 def test_rank_beyond_the_world(environment):

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from pycocotools import mask as mask_tools
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -473,7 +474,8 @@ def test_wrong_annotations(workplace, tmp_path):
         (of_image + 'has area', changed(area='large')), (of_image + 'has iscrowd', changed(iscrowd='no')),
         *((needs, changed(segmentation=shape)) for shape in (
             [], None, 'mask', [[1, 2, 3, 4]], [[0, 0, 9, 0, 9]], [[0, 0, 9, 0, 9, 9, 1]], [[0, 0, 9, 0, 9, 'x']],
-            [0, 0, 9, 0, 9, 9], {}, {**rle, 'size': [48, 64]}, {**rle, 'counts': [5]}, {**rle, 'counts': None})),
+            [0, 0, 9, 0, 9, 9], {}, {**rle, 'size': [48, 64]}, {**rle, 'counts': [5]}, {**rle, 'counts': None},
+            {**rle, 'counts': 'zzzz'}, {**rle, 'counts': 'abc'}, {**rle, 'counts': ''})),
         ('none of its 40 images has an annotation', {**good, 'annotations': []}),
         (r'not in the format of COCO \(KeyError', {'images': []}), (r'not in the format of COCO \(TypeError', [good]),
         ('annotations is not a list of objects', {**good, 'annotations': {'1': first}}), ('is empty; COCO', ''),
@@ -509,6 +511,16 @@ def test_a_perfect_detector_is_perfect_whatever_the_ids(workplace, tmp_path, ids
     assert len(found) == len(truth.anns) == 55
     for kind in ('bbox', 'segm'):
         assert detect_eval.average_precision(truth, found, kind) == {'AP': 100, 'AP50': 100, 'AP75': 100}
+
+
+def test_compressed_run_lengths_are_those_of_pycocotools():
+    random = np.random.default_rng(0)
+    for k in range(100):
+        mask = np.asfortranarray(random.random((random.integers(1, 90), random.integers(1, 90))) < random.random(),
+                                 np.uint8)
+        pixels = mask.flatten('F').tolist()
+        counts = [0] * pixels[0] + [len(list(run)) for _, run in groupby(pixels)]
+        assert detect_eval.run_lengths(mask_tools.encode(mask)['counts'].decode()) == counts
 
 
 def test_run_lengths_are_masks_too(workplace, tmp_path):

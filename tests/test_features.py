@@ -100,6 +100,11 @@ def test_labels_of_two_betons_are_joined_by_name(tmp_path):
                       (([0, 1], None, 'CIFAR10'), 'of the datasets folder and CIFAR10')):
         with pytest.raises(Fail, match=words):
             class_map(train, test(*of))
+    old = [classified(tmp_path / f'old{k}', [0, 1, 2], None, 'CIFAR10', f'{k}', k) for k in range(2)]
+    assert class_map(*old).tolist() == [0, 1, 2]                                # one set, one order of its classes
+    for settings in (None, 'text', {'dataset': 'birds'}, {'dataset': None}):    # of other writers: any JSON
+        write_beton(tmp_path / 'foreign', coloured_samples(), 6, settings, num_workers=1)
+        assert class_map(train, labelled(tmp_path / 'foreign', {'size': 16}, Processes('cpu'))).tolist() == [0, 1, 2]
     plain = [classified(tmp_path / n, [0, 1, 2], name=None, shift=k) for k, n in enumerate('xy')]
     assert class_map(*plain).tolist() == [0, 1, 2]                              # written by hand: numbers
     for same in (train, classified(tmp_path / 'other', [0, 1], ['a', 'b'])):    # equal bytes; the same split

@@ -506,6 +506,10 @@ def test_images_that_changed_after_packing(settings, own_stage1, tmp_path, capsy
     for changes in ({}, {'verify': True}):
         with pytest.raises(Fail, match=f'{folder}: was made from other images: image 3 of 23 is 004.png now'):
             generate(settings, tmp_path, **changes)
+    (folder / 'pairs.beton').unlink()  # nothing that was made from them is left
+    generate(settings, tmp_path)
+    assert open_beton(folder / 'pairs.beton')['samples'] == N - 1
+    generate(settings, tmp_path, verify=True)
 
 
 def test_the_sidecar_names_the_classes_and_the_log_what_is_not_used(settings, stage1, tmp_path, capsys):

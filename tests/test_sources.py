@@ -160,6 +160,13 @@ def test_identity_of_images_in_memory():
         same_images(source, np.arange(4), known, 'file', 'remedy')
 
 
+def test_a_set_whose_labels_are_no_numbers_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr('sources._torchvision', lambda *_: (None, ['a.xml', {}], [], []))
+    with pytest.raises(Fail, match='dataset FakeData in .*: its labels are no class numbers') as error:
+        source_dataset({'name': 'FakeData', 'root': str(tmp_path)})
+    assert '\n' not in str(error.value)
+
+
 def test_a_set_without_split_has_no_test_images(tmp_path):
     put(tmp_path / 'eurosat/2750', 'River/1.jpg', 'Forest/1.jpg')
     assert source_dataset({'name': 'EuroSAT', 'root': tmp_path}).classes == ['Forest', 'River']
