@@ -8,7 +8,8 @@
 Reads the noise levels and CLIP embeddings of stage 1 (fg_proportion.py). Views are kept in chunks of consecutive
 images, OUTPUT/views/000012.tar with {index:08d}.png (or .jpg) and .json, WebDataset's naming. A chunk appears when it
 is complete and is never made again: the same command goes on where a killed one stopped, and processes share the work
-by taking every n-th chunk. The process that finds all chunks there writes OUTPUT/pairs.beton and pairs.png.
+by taking every n-th chunk. The process that finds all chunks there writes OUTPUT/pairs.beton, pairs.png and images.npy,
+by which the images are known again: when they have changed since stage 1 or since packing, nothing is made of them.
 
 verify=true reads everything back (of several processes each its share, and duplicates within it), counts what is wrong
 and exits with 1. A chunk with something wrong becomes 000012.tar.bad (empty where the chunk was missing): it has been
