@@ -222,7 +222,7 @@ def test_impossible_settings_leave_nothing_behind(workplace, tmp_path, change, m
 def test_a_list_of_images_that_is_none_is_one_line(tmp_path, content):
     (tmp_path / 'list.txt').write_bytes(content)
     with pytest.raises(Fail, match='subset.file: .*list.txt: ') as error:
-        semi_eval.listed(tmp_path / 'list.txt', None, {'settings': None}, np.arange(9))
+        semi_eval.listed(tmp_path / 'list.txt', None, {'settings': {}}, np.arange(9))
     assert '\n' not in str(error.value)
 
 
