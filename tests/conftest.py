@@ -31,6 +31,19 @@ def coloured_samples():
     return samples
 
 
+def named_betons(folder):
+    """abc.beton and, to test on, bc.beton and de.beton, which name their classes. Returns the folder."""
+    from data import write_beton
+    samples, of = coloured_samples(), lambda split: {'dataset': {'name': 'folder', 'root': 'r', 'split': split}}
+    write_beton(folder / 'abc.beton', samples, 96, {**of('train'), 'classes': ['a', 'b', 'c']}, num_workers=1)
+    image = [samples(i)[0] for i in range(60)]
+    bc = [i for i in range(60) if i % 3]
+    for name, classes in (('bc', ['b', 'c']), ('de', ['d', 'e'])):
+        write_beton(folder / f'{name}.beton', lambda k: (image[bc[k]], None, bc[k] % 3 - 1, k, -1), len(bc),
+                    {**of('test'), 'classes': classes}, num_workers=1)
+    return folder
+
+
 @pytest.fixture(scope='module')
 def one_thread():
     """For stages that run in this process: sums are made in the same order as in a sub-process."""

@@ -17,7 +17,7 @@ import semi_eval  # noqa: E402
 from common import StopSignal  # noqa: E402
 from config import Fail, load_config  # noqa: E402
 from files import load_checkpoint  # noqa: E402
-from conftest import coloured_samples  # noqa: E402
+from conftest import coloured_samples, named_betons  # noqa: E402
 from data import write_beton  # noqa: E402
 from models import build_backbone  # noqa: E402
 
@@ -161,15 +161,7 @@ def test_runs_from_the_experiments_that_ship(workplace, tmp_path, name):
 
 @pytest.fixture(scope='module')
 def named(workplace):
-    """Betons that name their classes, a, b, c; the test images are of b and c alone, a tree without the folder of a."""
-    samples, of = coloured_samples(), lambda split: {'dataset': {'name': 'folder', 'root': 'r', 'split': split}}
-    write_beton(workplace / 'abc.beton', samples, 96, {**of('train'), 'classes': ['a', 'b', 'c']}, num_workers=1)
-    image = [samples(i)[0] for i in range(60)]
-    bc = [i for i in range(60) if i % 3]
-    for name, classes in (('bc', ['b', 'c']), ('de', ['d', 'e'])):
-        write_beton(workplace / f'{name}.beton', lambda k: (image[bc[k]], None, bc[k] % 3 - 1, k, -1), len(bc),
-                    {**of('test'), 'classes': classes}, num_workers=1)
-    return workplace
+    return named_betons(workplace)
 
 
 def test_labels_of_the_test_tree_are_matched_by_name(named, tmp_path):
