@@ -280,10 +280,6 @@ def main(config):
             raise Fail(f"linear probe: the loss is not finite in epoch {epoch + 1}; lower linear.lr")
         log.write(None, step=epoch + 1, loss=loss_sum[0].item(), lr=optimizer.param_groups[0]['lr'],
                   **({'losses': loss_sum.tolist()} if len(lrs) > 1 else {}))
-        worse = [str(lr) for lr, loss in zip(lrs, loss_sum.tolist()) if not loss <= math.log(classes)]
-        if epoch + 1 == linear['epochs'] and worse:
-            log.write(f"linear probe: with lr {', '.join(worse)} the loss of the last epoch is above that of guessing: "
-                      'a smaller one may be better')
         if processes.main and (linear['augment'] or time.perf_counter() - last_saved > 60):
             save_checkpoint(checkpoint, {'probes': probes.state_dict(), 'optimizer': optimizer.state_dict(),
                                          'epoch': epoch + 1, 'config': identity})
