@@ -53,9 +53,12 @@ dataset:                  # the images, as in stage 1
 proportions: ''           # run folder of fg_proportion.py: noise levels and embeddings of the same images
 source: generator         # generator | folder (views made elsewhere, such as the official pre-generated ones)
 views_root: ''            # of source folder: its files are named like the images below root, up to the extension
-strategy: adaptive        # adaptive (eq. 8) | constant | random (0, 100, ..., 400) (Table 7) | none (no views: a beton
-                          # for baselines and for evaluation sets)
+strategy: adaptive        # adaptive (eq. 8) | constant | random (0, 100, ..., 400) (Table 7) | retrieval (in place of a
+                          # generated view the most similar other image, Table 10; needs no generator) | none (no
+                          # views: a beton for baselines and for evaluation sets)
 noise_level: 200          # of strategy constant (and of views made elsewhere, where `proportions` is empty), 0-999
+pool: ''                  # of strategy retrieval: run folder of fg_proportion.py (same encoder) on the images to choose
+                          # from, which must still be where they were; empty: the images themselves
 generator:
   model: ''               # folder in diffusers' layout or hub id of a Stable unCLIP image-variation model
   fallbacks: []           # further ids, tried in turn
@@ -102,10 +105,12 @@ def main(config):
         settings.update(source='folder', views=int((levels >= 0).sum()), levels=zlib.crc32(levels.tobytes()),
                         **{k: config[k] for k in ('views_root', 'view_size')})
     elif config['strategy'] != 'none':
+        retrieved = config['strategy'] == 'retrieval'
         unseen = {'vae_slicing', 'compile'} | ({'condition'} if config['generator']['condition'] == 'stored' else set())
         settings.update({k: config[k] for k in ('seed', 'view_size', 'view_format', 'chunk_size')},
-                        generator={k: v for k, v in config['generator'].items() if k not in unseen},
-                        proportions=checksum,
+                        generator=None if retrieved else {k: v for k, v in config['generator'].items()
+                                                          if k not in unseen},
+                        proportions=checksum, **({'pool': pool_checksum(config)} if retrieved else {}),
                         noise_level=config['noise_level'] if config['strategy'] == 'constant' else None,
                         **({'views_per_image': config['views_per_image']} if config['views_per_image'] > 1 else {}))
     moved = () if embeddings is None else ('dataset.root',)  # a dataset may move: its embeddings tell which one it is
@@ -184,7 +189,8 @@ def main(config):
 
 ALLOWED = {
     'output': 'folder', 'name': 'dataset', 'root': 'folder', 'split': ['train', 'test', 'val'], 'subset': (1, 10 ** 10),
-    'source': ['generator', 'folder'], 'strategy': ['adaptive', 'constant', 'random', 'none'], 'noise_level': (0, 999),
+    'source': ['generator', 'folder'], 'strategy': ['adaptive', 'constant', 'random', 'retrieval', 'none'],
+    'noise_level': (0, 999),
     'steps': (1, 1000), 'guidance_scale': (0.0, 1000.0), 'condition': ['stored', 'pipeline'], 'seed': (0, 10 ** 12),
     'views_per_image': (1, 90), 'batch_size': (1, 10 ** 5), 'chunk_size': (1, 10 ** 9), 'view_size': (1, 8192),
     'view_format': ['jpg', 'png'], 'image_size': (1, 65_500), 'beton_mode': ['jpg', 'raw'], 'beton_quality': (1, 100),
@@ -193,10 +199,13 @@ ALLOWED = {
 
 def check(config):
     elsewhere, generated = config['source'] == 'folder', config['strategy'] != 'none'
-    needs = {'views_root': 'folder'} if elsewhere else {'proportions': 'folder', 'model': 'folder'} if generated else {}
+    needs = {'views_root': 'folder'} if elsewhere else {'proportions': 'folder'} if generated else {}
+    needs.update({'model': 'folder'} if generated and not elsewhere and config['strategy'] != 'retrieval' else {})
     check_values(config, {**ALLOWED, **needs})
     if elsewhere and (not generated or config['views_per_image'] > 1):
         raise Fail('source: folder packs one view an image; set views_per_image to 1, strategy to another than none')
+    if elsewhere and config['strategy'] == 'retrieval':
+        raise Fail('strategy: retrieval chooses the views, source: folder has them; set one of the two')
     for name in config['generator']['fallbacks']:
         if not isinstance(name, str):
             raise Fail(f'generator.fallbacks: {name!r} is no folder or hub id')
@@ -209,7 +218,8 @@ def noise_levels(config, source):
         return np.full(count, -1), None, None, None
     if not config['proportions']:  # views made elsewhere
         return np.full(count, config['noise_level']), None, None, None
-    stored = config['source'] == 'generator' and config['generator']['condition'] == 'stored'
+    retrieved = config['strategy'] == 'retrieval'
+    stored = retrieved or config['source'] == 'generator' and config['generator']['condition'] == 'stored'
     folder, embeddings = Path(config['proportions']), None
     for name in ('fg_proportion.npz', 'embeddings.npy')[:1 + stored]:
         if not (folder / name).is_file():
@@ -231,10 +241,17 @@ def noise_levels(config, source):
     elif config['strategy'] == 'random':
         levels = np.array([LEVELS[draw(config['seed'], i, 1) % len(LEVELS)] for i in range(count)])
     else:
-        levels = adaptive.astype(int)
+        levels = np.zeros(count, int) if retrieved else adaptive.astype(int)
     levels = np.where(adaptive < 0, -1, levels)  # stage 1 could not read these
     checksum = zlib.crc32(np.ascontiguousarray(embeddings)) if stored else 0
     return levels, embeddings, zlib.crc32(levels.tobytes(), checksum), known
+
+
+def pool_checksum(config):
+    """Of the embeddings that strategy retrieval chooses among."""
+    folder = Path(config['pool'] or config['proportions'])
+    return zlib.crc32(np.ascontiguousarray(load_arrays(folder / 'embeddings.npy', f'run fg_proportion.py into {folder} '
+                                                       'again', mmap_mode='r')))
 
 
 def draw(*numbers):
@@ -263,8 +280,14 @@ def same_settings(path, settings, moved, claim=False):
 # Generation
 
 def generate(config, chunks, source, levels, embeddings, record, settings_agree, processes, log, stop):
-    from generators import UnCLIP
-    generator = UnCLIP(config['generator'], processes.device)
+    from generators import Retrieval, UnCLIP
+    retrieved = config['strategy'] == 'retrieval'
+    if retrieved:
+        folder, own = Path(config['pool'] or config['proportions']), Path(config['proportions'])
+        generator = Retrieval(folder, folder.resolve() == own.resolve(), config['view_size'], config['views_per_image'],
+                              processes.device)
+    else:
+        generator = UnCLIP(config['generator'], processes.device)
     if embeddings is not None and embeddings.shape[1] != generator.embedding_dim:
         raise Fail(f"{config['proportions']}: embeddings have {embeddings.shape[1]} dimensions, {generator.name} wants "
                    f'{generator.embedding_dim}; run fg_proportion.py with the CLIP that the generator was trained '
@@ -303,7 +326,8 @@ def generate(config, chunks, source, levels, embeddings, record, settings_agree,
                     pictures = list(pool.map(lambda i: opened(source, i), batch)) if embeddings is None else full
                     condition = embeddings[batch] if embeddings is not None else generator.embed(
                         [picture[0] if picture else Image.new('RGB', (64, 64)) for picture in pictures])
-                    images = generator.views(condition, levels[batch], [view_seed(config['seed'], *p) for p in full])
+                    drawn = full if retrieved else [view_seed(config['seed'], *pair) for pair in full]
+                    images = generator.views(condition, levels[batch], drawn)
                 except torch.cuda.OutOfMemoryError:
                     images = None  # what the error holds on to is free only below
                 if images is None:
@@ -364,7 +388,7 @@ def verify(config, chunks, record, beton, beton_too, log, stop):
             makers |= {path: maker} if maker else {}
             for name, checksum in views.items():
                 other, where = seen.setdefault(checksum, (name, path))
-                if other != name:
+                if other != name and config['strategy'] != 'retrieval':  # two images may have the same nearest one
                     wrong.append(('duplicate views', f'{other} and {name}'))
                     spoilt.add(where)  # which of the two is wrong nobody knows
             defects += wrong

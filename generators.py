@@ -3,13 +3,18 @@
     generator = UnCLIP(spec, device)
     generator.views(embeddings (B, D), noise_levels (B,), seeds [int] * B) -> uint8 (B, H, W, 3) on the CPU
 
-`seeds` decide everything random: the view of an image does not depend on what else is in its batch.
+`seeds` decide everything random: the view of an image does not depend on what else is in its batch. Retrieval, which
+generates nothing, takes pairs (index of the image, number of the view) in their place.
 """
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+import yaml
+from PIL import Image, ImageOps
 from diffusers import StableUnCLIPImg2ImgPipeline
 from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.utils import logging as diffusers_logging
@@ -17,7 +22,8 @@ from transformers.utils import logging as transformers_logging
 
 from common import precision_dtype
 from config import Fail
-from files import damage, unreadable
+from files import damage, load_arrays, unreadable
+from sources import source_dataset
 
 diffusers_logging.disable_progress_bar()
 diffusers_logging.set_verbosity_error()  # it remarks on every autoencoder but AutoencoderKL
@@ -151,3 +157,68 @@ class UnCLIP:
             image_embeds=self.condition(embeddings.to(**to), noise_levels.to(self.device), noise.to(**to)),
             latents=latents.to(**to) * self.pipeline.scheduler.init_noise_sigma, num_inference_steps=self.steps,
             guidance_scale=self.guidance_scale, output_type='pt').images.float()
+
+
+class Retrieval:
+    """In place of a generated view the most similar other image by the cosine of the CLIP embeddings (the baseline of
+    GenView Table 10, there from LAION-400M).
+
+    folder: run of fg_proportion.py, the pool: its embeddings.npy, and the dataset that its config.yaml names.
+    same: the pool are the images themselves, of which none is its own view. side: pixels of a view, the middle square
+    of the image. count: views an image, its nearest in this order. The pool's embeddings stay on the device in fp32
+    (ImageNet's, of ViT-H: 5.2 GB)."""
+    BLOCK = 65_536  # images of the pool compared at once
+
+    def __init__(self, folder, same, side, count, device):
+        mend = f'delete {folder} and run fg_proportion.py again'
+        found = load_arrays(folder / 'fg_proportion.npz', mend, keys=())
+        embeddings = load_arrays(folder / 'embeddings.npy', mend, mmap_mode='r')
+        try:
+            dataset = yaml.safe_load((folder / 'config.yaml').read_text(encoding='utf-8'))['dataset']
+        except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+            raise unreadable(folder / 'config.yaml', error, mend) from None
+        self.source = source_dataset({**dataset, 'download': False})
+        if not len(self.source) == len(embeddings) == len(found.get('noise_level', ())):
+            raise Fail(f'pool: {folder}: holds {len(embeddings)} embeddings, its dataset {len(self.source)} '
+                       f'images; {mend}')
+        usable = found['noise_level'] >= 0  # the others could not be read
+        if usable.sum() - same < count:
+            raise Fail(f'pool: {folder}: has {usable.sum()} images, too few for views_per_image={count}')
+        self.pool = torch.empty(embeddings.shape, device=device)
+        for start in range(0, len(embeddings), self.BLOCK):
+            block = slice(start, start + self.BLOCK)
+            part = torch.from_numpy(np.asarray(embeddings[block], np.float32)).to(device)
+            self.pool[block] = F.normalize(part, dim=1)
+        self.usable = torch.from_numpy(usable).to(device)
+        self.same, self.side, self.count, self.threads = same, side, count, ThreadPoolExecutor(8)
+        self.name, self.dtype, self.embedding_dim = f'retrieval from {folder}', torch.float32, embeddings.shape[1]
+
+    @torch.no_grad()
+    def nearest(self, embeddings, own):
+        """Indices (B, count) of the nearest of the pool, nearest first. embeddings (B, D), own (B,): own indices."""
+        queries = F.normalize(torch.as_tensor(np.asarray(embeddings, np.float32), device=self.pool.device), dim=1)
+        own = torch.as_tensor(own, device=self.pool.device)[:, None]
+        value, index = torch.empty(len(own), 0, device=own.device), torch.empty(len(own), 0, device=own.device).long()
+        for start in range(0, len(self.pool), self.BLOCK):
+            at = torch.arange(start, min(start + self.BLOCK, len(self.pool)), device=own.device)
+            cosine = queries @ self.pool[at[0]:at[-1] + 1].T
+            cosine[:, ~self.usable[at]] = -2
+            if self.same:
+                cosine[own == at] = -2
+            value = torch.cat([value, cosine], 1)
+            index = torch.cat([index, at.expand(len(own), -1)], 1)
+            value, order = value.topk(min(self.count, value.shape[1]), 1)
+            index = index.gather(1, order)
+        return index.cpu().numpy()
+
+    def views(self, embeddings, noise_levels, pairs):
+        """pairs: B of (index of the image, which of its nearest, from 0). Images that do not open are black."""
+        def view(index):
+            try:
+                image = self.source[int(index)][0]
+                return np.asarray(ImageOps.fit(image, (self.side, self.side), Image.Resampling.BICUBIC))
+            except Exception:  # PIL raises nearly everything on a damaged file
+                return np.zeros((self.side, self.side, 3), np.uint8)
+
+        found = self.nearest(embeddings, [i for i, _ in pairs])
+        return np.stack(list(self.threads.map(view, found[range(len(pairs)), [number for _, number in pairs]])))

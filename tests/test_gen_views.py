@@ -661,6 +661,56 @@ def test_several_views_an_image(settings, tmp_path, capsys):
     assert f'verify: {3 * (N - 1)} views in 5 chunks and pairs.beton; all is well' in capsys.readouterr().out
 
 
+def test_retrieval_takes_the_most_similar_other_image(settings, stage1, tmp_path, monkeypatch, capsys):
+    """Against plain numpy; the pool compared in blocks; an unreadable image is never chosen."""
+    from generators import Retrieval
+    monkeypatch.setattr(Retrieval, 'BLOCK', 7)
+    own = {'dataset': {'name': 'folder', 'root': str(stage1 / 'images'), 'split': 'train', 'subset': None}}
+    (stage1 / 'config.yaml').write_text(yaml.safe_dump(own))
+    embeddings = np.load(stage1 / 'embeddings.npy').astype(np.float64)
+    embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
+    images = [np.asarray(Image.open(stage1 / f'images/{i:03d}.png').resize(
+        (16, 16), Image.Resampling.BICUBIC, box=(2, 0, 22, 20))) if i != UNREADABLE else None for i in range(N)]
+
+    def check(folder, pool, forbidden, count=1):
+        views, records = stored(folder) if count == 1 else (None, None)
+        chunks = {name: content for path in sorted((folder / 'views').glob('*.tar'))
+                  for name, content in read_chunk(path).items()}
+        for i in set(range(N)) - {UNREADABLE}:
+            cosine = embeddings[i] @ pool.T
+            cosine[[UNREADABLE, *([i] if forbidden else [])]] = -2
+            for v, j in enumerate(np.argsort(-cosine)[:count]):
+                view = Image.open(io.BytesIO(chunks[f"{i:08d}{f'.{v + 1}' if v else ''}.png"]))
+                assert (np.asarray(view) == images[j]).all()
+            assert count > 1 or records[i]['noise_level'] == 0
+
+    keys = {'strategy': 'retrieval', 'generator': {}}
+    folder = generate(settings, tmp_path, **keys)
+    check(folder, embeddings, True)
+    assert open_beton(folder / 'pairs.beton')['samples'] == N - 1
+    generate(settings, tmp_path, **keys, verify=True)
+    assert 'all is well' in capsys.readouterr().out  # two images may have the same nearest one
+    check(generate(settings, tmp_path, **keys, output=str(tmp_path / 'b'), views_per_image=3, pool=str(stage1),
+                   batch_size=9), embeddings, True, 3)
+
+    pool = tmp_path / 'pool'
+    pool.mkdir()
+    np.savez(pool / 'fg_proportion.npz', noise_level=LEVELS)
+    np.save(pool / 'embeddings.npy', np.load(stage1 / 'embeddings.npy')[::-1])
+    with pytest.raises(Fail, match='pool/config.yaml'):
+        generate(settings, tmp_path, **keys, output=str(tmp_path / 'c'), pool=str(pool))
+    (pool / 'config.yaml').write_text(yaml.safe_dump(own))
+    check(generate(settings, tmp_path, **keys, output=str(tmp_path / 'c'), pool=str(pool)), embeddings[::-1], False)
+    with pytest.raises(Fail, match='other settings: pool'):
+        generate(settings, tmp_path, **keys, output=str(tmp_path / 'c'))
+    absent = 'none/embeddings.npy: cannot be read .No such file.*run fg_proportion.py'
+    for changes, message in (({'pool': str(tmp_path / 'none')}, absent),
+                             ({'views_per_image': 22}, 'has 22 images, too few for views_per_image=22'),
+                             ({'source': 'folder', 'views_root': str(stage1)}, 'set one of the two')):
+        with pytest.raises(Fail, match=message):
+            generate(settings, tmp_path, **{**keys, 'output': str(tmp_path / 'd'), **changes})
+
+
 def test_views_made_elsewhere(settings, stage1, tmp_path, capsys):
     root, random_ = tmp_path / 'made', np.random.default_rng(5)
     pictures = {i: random_.integers(0, 255, (30, 26, 3), dtype=np.uint8) for i in range(N)}
