@@ -145,6 +145,12 @@ def choose_sign(projection, share, forced=None):
     return sign, line
 
 
+def position_share(projection):
+    """Share of the variance of projections (N, H, W) that the token's position alone explains: 1 where the map is the
+    same in all images, 0 where every position has the same mean."""
+    return projection.mean(0).var() / projection.var()
+
+
 # ---------------------------------------------------------------------------------------------------
 # The encoder over lists of images. A chunk of images is the unit of work: its result is one file, written whole, and
 # never made again. No result depends on who makes which chunk.
@@ -404,6 +410,12 @@ def measure(config, folder):
     log.write(f"component: {component['explained']:.1%} of the variance; {line}; threshold {threshold:.4f}: "
               f'{(projection > threshold).mean():.1%} of the tokens are foreground',
               stage='component', explained=float(component['explained']), sign=sign, threshold=float(threshold))
+    position = float(position_share(projection))
+    line = f"position: where a token lies explains {position:.0%} of its projection's variance"
+    if position > 0.6:
+        line += ('; WARNING: the foreground is nearly the same spot in every image, so that proportions, noise levels '
+                 'and quality weights say little about them; take another clip.model, or its own image_size')
+    log.write(line, stage='position', position=round(position, 4))
 
     # Pass 2: every image once
     def measures(tokens, embedding, readable, identity):

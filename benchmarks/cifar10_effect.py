@@ -1,12 +1,19 @@
-"""Does a generated positive view improve the representation? GenView's Tables 6 and 7 in small, on real CIFAR-10.
+"""Does a generated positive view improve the representation? GenView's Tables 6 and 7 in small, on real CIFAR-10,
+beside controls that tell what the instrument can see.
 
     python benchmarks/cifar10_effect.py                                  # all rows, seeds 0, 1, 2
-    python benchmarks/cifar10_effect.py rows=baseline,adaptive seeds=0   # a part of it
+    python benchmarks/cifar10_effect.py rows=controls                    # two crops and the controls: is it qualified?
+    python benchmarks/cifar10_effect.py rows=two_crops,adaptive seeds=0  # a part of it
     python benchmarks/cifar10_effect.py rows= judge=resnet56-4bfd9763.th # the table again, and the test of the quality
 
-Six rows, the same YAML apart from the keys under test (ROWS), one network initialisation and data order per seed. Runs
+All rows share a YAML apart from the keys under test (ROWS), one network initialisation and data order per seed. Runs
 the stage scripts one after the other as a user would; what is finished is not done again, so that a killed run goes on.
 Numbers go to results/cifar10_effect.json, one object per row and seed; the table at the end is made from that file.
+
+Controls take in place of the generated view
+- same_class_100, _75, _50, _25: another real image, in that share of the pairs of the same class, else of another one;
+- retrieval: the nearest other image by tiny/clip's embedding (strategy: retrieval of gen_views.py);
+- reconstruction: what the generator's autoencoder keeps of the image itself.
 
 judge: a CIFAR-10 classifier that had no part in any of this (ResNet-56 of github.com/akamaster/pytorch_resnet_cifar10).
 With it the last lines tell how often views keep the class of their source, and whether the quality of a pair (eq. 12)
@@ -26,23 +33,30 @@ from scipy.stats import mannwhitneyu, ttest_ind
 
 import bench
 from bench import ROOT, device_name, stage
+import gen_views
+from config import load_config
+from data import PairLoader, write_beton
 from files import save_json
-from data import PairLoader
 from frozen_clip import Quality
+from generators import UnCLIP
+from sources import source_dataset
 
 RUN, RESULTS = Path('runs/effect'), ROOT / 'results/cifar10_effect.json'
-PLAIN, WEIGHTED = ['quality.enabled=false'], ['quality.enabled=true']
-ROWS = {  # row: (views, keys of yamls/pretrain/effect.yaml)
-    'baseline': ('adaptive', ['data.alpha=0', *PLAIN]),
-    'quality': ('adaptive', ['data.alpha=0', *WEIGHTED]),
-    'constant': ('constant', PLAIN),
-    'random': ('random', PLAIN),
-    'adaptive': ('adaptive', PLAIN),
-    'adaptive_quality': ('adaptive', WEIGHTED),
+PLAIN, WEIGHTED, CROPS = ['quality.enabled=false'], ['quality.enabled=true'], ['data.alpha=0']
+SHARES = (100, 75, 50, 25)
+ROWS = {  # row: (views, keys of yamls/pretrain/effect.yaml, title)
+    'two_crops': ('adaptive', CROPS + PLAIN, 'two crops (alpha 0)'),
+    **{f'same_class_{share}': (f'same_class_{share}', PLAIN, f'real images, {share} % of the same class')
+       for share in SHARES},
+    'retrieval': ('retrieval', PLAIN, 'nearest other real image'),
+    'reconstruction': ('reconstruction', PLAIN, 'reconstruction of the image'),
+    'quality': ('adaptive', CROPS + WEIGHTED, 'two crops + quality weights'),
+    'constant': ('constant', PLAIN, 'views, level 200'),
+    'random': ('random', PLAIN, 'views, random level'),
+    'adaptive': ('adaptive', PLAIN, 'views, adaptive level'),
+    'adaptive_quality': ('adaptive', WEIGHTED, 'views, adaptive level + quality weights'),
 }
-TITLES = {'baseline': 'baseline (alpha 0)', 'quality': 'baseline + quality weights', 'constant': 'views, level 200',
-          'random': 'views, random level', 'adaptive': 'views, adaptive level',
-          'adaptive_quality': 'views, adaptive level + quality weights'}
+CONTROLS = list(ROWS)[:7]
 
 
 def results():
@@ -51,21 +65,21 @@ def results():
 
 def table(done):
     """Prints kNN and linear top-1 of every row, mean +- standard deviation over the seeds, and the differences to the
-    baseline with their 95 % intervals (Student's t, pooled variance, rows taken as independent, not corrected for how
+    two crops with their 95 % intervals (Student's t, pooled variance, rows taken as independent, not corrected for how
     many there are). Seeds vary the pretraining; images and views are the same for all."""
     print('\n| row | n | kNN top-1 | difference (95 %) | linear top-1 | difference (95 %) | minutes a run |\n'
           '|---|---|---|---|---|---|---|')
-    for row, title in TITLES.items():
+    for row, (_, _, title) in ROWS.items():
         runs = [r for r in done if r['row'] == row]
         if not runs:
             continue
         cells = [title, str(len(runs))]
         for key in ('knn', 'linear'):
-            values, base = (np.array([r[key] for r in done if r['row'] == name]) for name in (row, 'baseline'))
+            values, base = (np.array([r[key] for r in done if r['row'] == name]) for name in (row, 'two_crops'))
             mean, difference = f'{values.mean():.2f}', ''
             if len(values) > 1:
                 mean += f' ± {values.std(ddof=1):.2f}'
-            if row != 'baseline' and len(base):
+            if row != 'two_crops' and len(base):
                 difference = f'{values.mean() - base.mean():+.2f}'
                 if min(len(values), len(base)) > 1:
                     found = ttest_ind(values, base).confidence_interval()
@@ -80,6 +94,40 @@ def area_under_curve(scores, positive):
     return mannwhitneyu(scores[positive], scores[~positive]).statistic / (positive.sum() * (~positive).sum())
 
 
+def partners(labels, share, count):
+    """For each of N images `count` others, (N, count), each with probability `share` of the same class and otherwise of
+    another one. labels (N,)."""
+    random = np.random.default_rng(0)
+    found = np.empty((len(labels), count), int)
+    for i, label in enumerate(labels):
+        same = labels == label
+        of = {True: np.setdiff1d(np.flatnonzero(same), i), False: np.flatnonzero(~same)}
+        found[i] = [random.choice(of[bool(kept)]) for kept in random.random(count) < share]
+    return found
+
+
+@torch.no_grad()
+def write_control(views):
+    """RUN/VIEWS/pairs.beton of a control that no stage makes: as many views an image as the generated ones have."""
+    beton = ROOT / RUN / views / 'pairs.beton'
+    if beton.exists():
+        return
+    config = load_config(gen_views.DEFAULTS, [str(ROOT / 'yamls/gen_views/effect.yaml')])
+    source, count = source_dataset(config['dataset']), config['views_per_image']
+    images, labels = np.stack([np.asarray(source[i][0]) for i in range(len(source))]), np.asarray(source.labels)
+    if views == 'reconstruction':
+        vae = UnCLIP({**config['generator'], 'precision': 'fp32'}, torch.device('cpu')).pipeline.vae
+        x = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
+        x = torch.cat([vae.decode(vae.encode(part).latents).sample for part in x.split(250)])
+        made = ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()[:, None].repeat(count, 1)
+    else:
+        made = images[partners(labels, int(views.removeprefix('same_class_')) / 100, count)]
+    beton.parent.mkdir(parents=True, exist_ok=True)
+    write_beton(beton, lambda i: (images[i], list(made[i]) if count > 1 else made[i, 0], int(labels[i]), i, 0),
+                len(images), {'dataset': config['dataset'], 'control': views, 'classes': source.classes}, views=count,
+                num_workers=2)
+
+
 @torch.no_grad()
 def judged(path):
     from report import published_judge
@@ -87,7 +135,7 @@ def judged(path):
     quality_of = Quality({'clip': {'model': str(ROOT / 'tiny/quality')}, 'pc': ROOT / RUN / 'quality/fg_proportion.npz',
                           'temperature': 1.0}, 'cpu')
     plain = dict(size=32, crop_scale=None, resize=32)
-    for strategy in ('constant', 'random', 'adaptive'):
+    for strategy in dict.fromkeys(views for views, _, _ in ROWS.values()):
         beton = ROOT / RUN / strategy / 'pairs.beton'
         if not beton.exists():
             continue
@@ -107,18 +155,21 @@ def judged(path):
 
 def main():
     options = bench.options(rows=','.join(ROWS), seeds='0,1,2', judge='')
-    rows = [row for row in options['rows'].split(',') if row]
+    rows = CONTROLS if options['rows'] == 'controls' else [row for row in options['rows'].split(',') if row]
     if unknown := set(rows) - set(ROWS):
         sys.exit(f'no row {", ".join(unknown)}; there are {", ".join(ROWS)}')
     if rows:
         stage('fg_proportion.py', 'yamls/fg_proportion/effect.yaml')
         stage('fg_proportion.py', 'yamls/fg_proportion/effect_quality.yaml')
         stage('gen_views.py', 'yamls/gen_views/cifar10_test.yaml')
-        for strategy in sorted({ROWS[row][0] for row in rows}):
-            stage('gen_views.py', 'yamls/gen_views/effect.yaml', f'strategy={strategy}', f'output={RUN}/{strategy}')
+        for views in sorted({ROWS[row][0] for row in rows}):
+            if views == 'reconstruction' or views.startswith('same_class'):
+                write_control(views)
+            else:
+                stage('gen_views.py', 'yamls/gen_views/effect.yaml', f'strategy={views}', f'output={RUN}/{views}')
     for seed in map(int, options['seeds'].split(',')):  # seed by seed: a part of the table is a table
         for row in rows:
-            folder, (views, keys) = RUN / f'{row}_{seed}', ROWS[row]
+            folder, (views, keys, _) = RUN / f'{row}_{seed}', ROWS[row]
             if (ROOT / folder / 'linear_eval/results.json').exists():
                 continue
             undisturbed = not (ROOT / folder).exists()

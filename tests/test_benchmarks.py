@@ -13,8 +13,10 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'benchmarks')]  # in this order: both have a gen_views and a fg_proportion
+import gen_views  # noqa: E402
 import pretrain  # noqa: E402
 from config import load_config  # noqa: E402
+from data import PairLoader, open_beton  # noqa: E402
 from files import save_json  # noqa: E402
 
 
@@ -74,12 +76,12 @@ def test_stage_1_benchmark(tmp_path):
 
 
 def test_table_of_the_effect(capsys):
-    """Mean, deviation, difference to the baseline and its 95 % interval: 2.776 standard errors of two groups of 3."""
-    values = {'baseline': [40., 41., 42.], 'adaptive': [43., 44., 48.], 'random': [50.]}
+    """Mean, deviation, difference to two crops and its 95 % interval: 2.776 standard errors of two groups of 3."""
+    values = {'two_crops': [40., 41., 42.], 'adaptive': [43., 44., 48.], 'random': [50.]}
     effect.table([dict(row=row, seed=seed, knn=v, linear=2 * v, seconds=60)
                   for row, column in values.items() for seed, v in enumerate(column)])
     lines = [line.split(' | ') for line in capsys.readouterr().out.splitlines() if line.startswith('| ')][1:]
-    assert [line[0][2:] for line in lines] == [effect.TITLES[row] for row in ('baseline', 'random', 'adaptive')]
+    assert [line[0][2:] for line in lines] == [effect.ROWS[row][2] for row in ('two_crops', 'random', 'adaptive')]
     assert lines[0][1:] == ['3', '41.00 ± 1.00', '', '82.00 ± 2.00', '', '1.0 |']
     assert lines[1][1:] == ['1', '50.00', '+9.00', '100.00', '+18.00', '1.0 |']
     width = 2.7764 * ((1 + 7) / 3) ** 0.5
@@ -93,7 +95,48 @@ def test_area_under_curve():
     assert effect.area_under_curve(scores, positive) == pytest.approx(3.5 / 4)
 
 
-@pytest.mark.parametrize('module, rows', [(effect, 18), (methods, 14)])
+def test_partners_of_a_control():
+    labels = np.arange(200) % 4
+    for share in (1, 0.5, 0):
+        found = effect.partners(labels, share, 10)
+        assert found.shape == (200, 10) and (found != np.arange(200)[:, None]).all()
+        assert (labels[found] == labels[:, None]).mean() == pytest.approx(share, abs=0.03)
+        assert len(np.unique(found)) == 200
+
+
+def test_controls_are_betons_like_those_of_views(tmp_path, monkeypatch):
+    """Partners of the same class are other images as they are; reconstructions are close to their source."""
+    random = np.random.default_rng(0)
+    images = np.stack([np.asarray(Image.fromarray(random.integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize(
+        (32, 32), Image.Resampling.BICUBIC)) for _ in range(12)])
+
+    class Source(list):
+        labels, classes = [i % 2 for i in range(12)], ['a', 'b']
+    config = load_config(gen_views.DEFAULTS, [str(ROOT / 'yamls/gen_views/effect.yaml')])
+    config['generator']['model'] = str(ROOT / 'tiny/unclip')
+    monkeypatch.setattr(effect, 'load_config', lambda *_: {**config, 'views_per_image': 3})
+    monkeypatch.setattr(effect, 'source_dataset', lambda _: Source((Image.fromarray(x), 0) for x in images))
+    monkeypatch.setattr(effect, 'ROOT', tmp_path)
+    plain, seen = dict(size=32, crop_scale=None), {}
+    for views in ('same_class_100', 'reconstruction'):
+        effect.write_control(views)
+        beton = tmp_path / 'runs/effect' / views / 'pairs.beton'
+        assert open_beton(beton)['settings']['classes'] == ['a', 'b']
+        loader = PairLoader(beton, [plain, plain], 1.0, 'second', batch_size=12, seed=0, num_workers=1, shuffle=False)
+        batches = [next(iter(loader.epoch(epoch))) for epoch in range(6)]
+        assert batches[0]['label'].tolist() == Source.labels
+        assert (batches[0]['views'][0].permute(0, 2, 3, 1).numpy() == images).all()
+        seen[views] = [batch['views'][1].permute(0, 2, 3, 1).numpy() for batch in batches]
+    for drawn in seen['same_class_100']:
+        for i, view in enumerate(drawn):
+            found, = np.flatnonzero((images == view).all((1, 2, 3)))
+            assert found != i and found % 2 == i % 2
+    assert any((a != seen['same_class_100'][0]).any() for a in seen['same_class_100'])  # several partners an image
+    difference = np.abs(seen['reconstruction'][0].astype(float) - images)
+    assert 0 < difference.mean() < 15 and (seen['reconstruction'][0] == seen['reconstruction'][1]).all()
+
+
+@pytest.mark.parametrize('module, rows', [(effect, 36), (methods, 14)])
 def test_stages_of_a_benchmark_fit_together(module, rows, tmp_path, monkeypatch):
     """Every stage reads what an earlier one wrote, and what is finished is not done again."""
     made, ran = set(), []
@@ -118,6 +161,7 @@ def test_stages_of_a_benchmark_fit_together(module, rows, tmp_path, monkeypatch)
 
     for key, value in dict(stage=stage, ROOT=tmp_path, RESULTS=tmp_path / 'results/r.json').items():
         monkeypatch.setattr(module, key, value)
+    monkeypatch.setattr(module, 'write_control', lambda views: made.add(f'runs/effect/{views}'), raising=False)
     monkeypatch.setattr(sys, 'argv', ['benchmark'])
     module.main()
     done = json.loads((tmp_path / 'results/r.json').read_text())

@@ -99,6 +99,29 @@ def test_noise_level_is_equation_8(tokens):
         np.testing.assert_array_equal(official, expected)
 
 
+def test_position_share():
+    """Of maps that are position plus independent noise: the share that position has of the variance."""
+    random = np.random.default_rng(0)
+    place, noise = random.normal(size=(8, 8)), random.normal(size=(4000, 8, 8))
+    for scale in (0, 0.5, 3):
+        share = scale ** 2 * place.var() / (scale ** 2 * place.var() + 1)
+        assert fg_proportion.position_share(scale * place + noise) == pytest.approx(share, abs=0.01)
+
+
+def test_a_foreground_that_is_a_fixed_spot_is_warned_of(clips, images, tmp_path, capsys):
+    """Of thirty times the same image, where position explains everything; not of the images of the other tests."""
+    (tmp_path / 'same').mkdir()
+    for i in range(30):
+        shutil.copy(images / '000.png', tmp_path / f'same/{i:02d}.png')
+    for name, root, warned in (('a', tmp_path / 'same', True), ('b', images, False)):
+        path = write_yaml(tmp_path / f'{name}.yaml', root, ROOT / 'tiny/clip', tmp_path / name)
+        fg_proportion.main(load_config(fg_proportion.DEFAULTS, [str(path)]))
+        line, = [line for line in capsys.readouterr().out.splitlines() if line.startswith('position: ')]
+        record, = [json.loads(line) for line in open(tmp_path / name / 'log.jsonl') if '"position"' in line]
+        assert ('WARNING: the foreground is nearly the same spot' in line) == warned == (record['position'] > 0.6)
+        assert f"explains {record['position']:.0%} of" in line and (not warned or record['position'] > 0.999)
+
+
 def test_first_component_equals_numpy_on_all_tokens():
     random = np.random.default_rng(0)
     tokens = random.normal(size=(500, 7)) @ random.normal(size=(7, 7)) + 30 * random.normal(size=7)

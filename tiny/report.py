@@ -3,6 +3,7 @@ foreground.png.
 
     python tiny/report.py --judge resnet56-4bfd9763.th                                   # the numbers
     python tiny/report.py --judge resnet56-4bfd9763.th --pictures tiny                   # and both pictures
+    python tiny/report.py --foreground tiny/clip tiny/quality --folder imagenette/val    # the foregrounds of any CLIP
 
 Where --work holds what `tiny/train.py prepare` computed, the encoder is measured on Tiny-ImageNet too.
 """
@@ -20,7 +21,7 @@ from PIL import Image
 from train import HERE, MEAN, STD, least_squares, load
 
 sys.path.insert(0, str(HERE.parent))
-from fg_proportion import choose_sign, first_component  # noqa: E402
+from fg_proportion import choose_sign, first_component, position_share  # noqa: E402
 from frozen_clip import FrozenClip  # noqa: E402
 from generators import UnCLIP  # noqa: E402
 from sources import source_dataset  # noqa: E402
@@ -53,6 +54,64 @@ def published_judge(path, device):
     return lambda x: tuple(torch.cat(parts) for parts in zip(*map(forward, x.split(250))))
 
 
+def foreground_figures(maps, images):
+    """Whether a foreground follows its subject or its place. maps(images) -> projections (N, H, W), large on the
+    foreground, of which 40 % of all tokens are made; images (N, 3, S, S). Returns a dict:
+    position: share of the projections' variance that the token's position alone explains,
+    fixed_mask: share of the decisions that one mask, the best for all images, gets right,
+    flipped, rolled: images upside down, and rolled by half their size along both axes: correlation of the new maps with
+        the old ones at the same place, and with the old ones moved along,
+    deviation: standard deviation over the images of the foreground proportion."""
+    def correlation(a, b):
+        return torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1].item()
+
+    half = images.shape[2] // 2
+    old = maps(images)
+    foreground = old > torch.quantile(old.flatten().double(), 0.6)
+    share = foreground.float().mean(0)
+    found = dict(position=position_share(old).item(), fixed_mask=torch.maximum(share, 1 - share).mean().item(),
+                 deviation=foreground.float().mean((1, 2)).std().item())
+    shift = (old.shape[1] // 2, old.shape[2] // 2)
+    for name, new, along in (('flipped', images.flip(2), old.flip(1)),
+                             ('rolled', torch.roll(images, (half, half), (2, 3)), torch.roll(old, shift, (1, 2)))):
+        new = maps(new)
+        found[name] = correlation(new, old), correlation(new, along)
+    return found
+
+
+@torch.no_grad()
+def foregrounds(args, device):
+    """Prints foreground_figures of encoders on args.count images of CIFAR-10 and of a folder."""
+    sources = {'CIFAR-10': dict(name='CIFAR10', root='data/cifar10', split='train', download=True, subset=args.count)}
+    if args.folder:
+        sources[args.folder] = dict(name='folder', root=args.folder, split='train', download=False, subset=args.count)
+    print('| encoder | images | position explains | one mask gets right | upside down: same place / moved along | '
+          'rolled by half: same place / moved along | deviation of the proportion |\n|---|---|---|---|---|---|---|')
+    for model in args.foreground:
+        clip = FrozenClip({'model': model.split(':')[0], 'pretrained': (model.split(':') + [None])[1]}, device)
+        mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (clip.mean, clip.std))
+        for name, spec in sources.items():
+            source = source_dataset(spec)
+            x = torch.stack([clip.preprocess(source[i][0]) for i in range(len(source))])
+
+            def tokens(images):
+                return torch.cat([clip.tokens(part.to(device)).float().cpu() for part in images.split(50)])
+            pc, sign = component(tokens(x))[:2]
+            found = foreground_figures(lambda images: sign * torch.einsum('bkhw,k->bhw', tokens(images), pc), x)
+            (a, b), (c, d) = found['flipped'], found['rolled']
+            print(f"| {model} | {len(x)} of {name} | {found['position']:.2f} | {found['fixed_mask']:.0%} | "
+                  f"{a:.2f} / {b:.2f} | {c:.2f} / {d:.2f} | {found['deviation']:.2f} |", flush=True)
+
+
+def component(tokens):
+    """tokens (N, K, H, W) -> their first component (K,), its sign, its share of the variance and why that sign."""
+    flat = tokens.permute(0, 2, 3, 1).reshape(-1, tokens.shape[1]).double()
+    pc, _, covariance = first_component(len(flat), flat.sum(0).numpy(), (flat.T @ flat).numpy())
+    explained, pc = pc @ covariance @ pc / np.trace(covariance), torch.from_numpy(pc).float()
+    sign, why = choose_sign(torch.einsum('bkhw,k->bhw', tokens, pc).numpy(), 0.4)
+    return pc, sign, explained, why
+
+
 @torch.no_grad()
 def report(args, device):
     """The class of a view is judged by a published ResNet-56, and so is the distance of features."""
@@ -82,11 +141,9 @@ def report(args, device):
     labels, judge = torch.from_numpy(source.labels), published_judge(args.judge, device)
     tokens, embeddings = encode(x)
 
-    flat = tokens.permute(0, 2, 3, 1).reshape(-1, tokens.shape[1]).double()
-    pc, _, covariance = first_component(len(flat), flat.sum(0).numpy(), (flat.T @ flat).numpy())
-    projection = torch.einsum('bkhw,k->bhw', tokens, torch.from_numpy(pc).float())
-    sign, why = choose_sign(projection.numpy(), 0.4)
-    print(f'foreground: the component has {pc @ covariance @ pc / np.trace(covariance):.0%} of the variance; {why}')
+    pc, sign, explained, why = component(tokens)
+    projection = torch.einsum('bkhw,k->bhw', tokens, pc)
+    print(f'foreground: the component has {explained:.0%} of the variance; {why}')
     bright = (sign * projection > torch.quantile(sign * projection.flatten(), 0.6)).float()
     some = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:64]
     mask = F.interpolate(bright[some, None], scale_factor=4)
@@ -154,4 +211,9 @@ if __name__ == '__main__':
     parser.add_argument('--guidance', type=float, nargs='+', default=[2.0], help='guidance scales')
     parser.add_argument('--pictures', type=Path, default=None, help='folder for views.png and foreground.png')
     parser.add_argument('--work', type=Path, default=Path('runs/tiny'), help='folder of tiny/train.py')
-    report(parser.parse_args(), torch.device('cuda' if torch.cuda.is_available() else 'cpu'))
+    parser.add_argument('--foreground', nargs='+', metavar='CLIP', help='encoders (folder, or architecture:hub tag) of '
+                        'which to measure, in place of all else, whether their foreground follows the subject')
+    parser.add_argument('--folder', default=None, help='of images, for --foreground beside CIFAR-10')
+    arguments = parser.parse_args()
+    (foregrounds if arguments.foreground else report)(
+        arguments, torch.device('cuda' if torch.cuda.is_available() else 'cpu'))

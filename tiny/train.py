@@ -40,7 +40,6 @@ n04008634 n02950826 n03649909 n03126707 n09193705 n09246464 n09332890 n09428293 
 n02793495""".split()
 SEMANTIC, APPEARANCE = 112, 80  # the embedding: what the teacher sees, and a thumbnail's worth of colour and layout
 PATCH = 64                      # teacher components that each token learns
-OBJECT = 8.                     # size of the first token channel, which tells subjects from surroundings
 MEAN, STD = (torch.tensor(json.loads((HERE / 'clip/open_clip_config.json').read_text())['preprocess_cfg'][k])
              .view(3, 1, 1) for k in ('mean', 'std'))
 
@@ -79,21 +78,9 @@ def teacher_model(args, device):
     return teacher.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
 
 
-@torch.no_grad()
-def teacher_maps(teacher, images, device, border):
-    """Yields (B, 1280, h, w) and (B, 112, 2h, 2w) maps of (N, 3, 32, 32) uint8 images, seen at 128 px inside a mirrored
-    border (pixels): a network that pads with zeros else marks in its maps where the picture ends."""
-    for part in images.split(128):
-        x = F.interpolate((part.to(device).float() - 127) / 128, size=(128, 128), mode='bicubic', align_corners=False)
-        x = F.pad(x, (border,) * 4, mode='reflect').contiguous(memory_format=torch.channels_last)
-        with autocast(device):
-            final, (middle,) = teacher.forward_intermediates(x, indices=[-2])
-        yield final.float(), middle.float()
-
-
-def read(paths):
+def read(paths, size=32):
     from PIL import Image
-    pixels = [np.asarray(Image.open(p).convert('RGB').resize((32, 32), Image.Resampling.BOX)) for p in paths]
+    pixels = [np.asarray(Image.open(p).convert('RGB').resize((size, size), Image.Resampling.BOX)) for p in paths]
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
 
 
@@ -101,54 +88,51 @@ def training_images(root, wnid):
     return sorted((root / 'train' / wnid / 'images').glob('*.JPEG'))
 
 
+@torch.no_grad()
 def prepare(args, device):
     root = Path(args.data)
     wnids = (root / 'wnids.txt').read_text().split()
     paths = [training_images(root, wnid) for wnid in wnids]
-    images, labels = read(sum(paths, [])), torch.tensor([i for i, names in enumerate(paths) for _ in names])
+    large, images = (read(sum(paths, []), size) for size in (64, 32))
+    labels = torch.tensor([i for i, names in enumerate(paths) for _ in names])
+    found = {}
+    for wnid in wnids:
+        for line in (root / 'train' / wnid / f'{wnid}_boxes.txt').read_text().splitlines():
+            name, *box = line.split()
+            found[name] = [int(v) for v in box]
+    boxes = torch.tensor([found[path.name] for path in sum(paths, [])], dtype=torch.int8)
     listed = [line.split('\t')[:2] for line in (root / 'val/val_annotations.txt').read_text().splitlines()]
     val, val_labels = read([root / 'val/images' / name for name, _ in listed]), torch.tensor(
         [wnids.index(wnid) for _, wnid in listed])
     words = dict(line.rstrip('\n').split('\t') for line in open(root / 'words.txt'))
     print(f'{len(images)} images of {len(wnids)} classes')
 
-    teacher = teacher_model(args, device)
-    pooled = torch.cat([final.mean((2, 3)).half().cpu() for final, _ in teacher_maps(teacher, images, device, 0)])
-    print('teacher: whole images done', flush=True)
-    some = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed))[:25000].sort().values
-    weight, bias = teacher.classifier.weight.float(), teacher.classifier.bias.float()
-    middles, subjects = [], []
-    for final, middle in teacher_maps(teacher, images[some], device, 16):
-        # how sure the classifier is of any class at each place: high on subjects, low on grass and sky
-        sure = (torch.einsum('bchw,kc->bkhw', final, weight) + bias[:, None, None]).logsumexp(1, keepdim=True)
-        subjects.append(F.interpolate(sure, size=middle.shape[2:], mode='bilinear')[:, 0, 1:-1, 1:-1].cpu())
-        middles.append(middle[:, :, 1:-1, 1:-1].half().cpu())  # (B, 112, 8, 8): one vector for each 4 px patch
+    teacher, pooled = teacher_model(args, device), []
+    for part in images.split(128):
+        x = F.interpolate((part.to(device).float() - 127) / 128, size=(128, 128), mode='bicubic', align_corners=False)
+        pooled.append(teacher.forward_features(x.contiguous(memory_format=torch.channels_last)).mean((2, 3)).cpu())
     save(args.work / 'data.pt', dict(
-        images=images, labels=labels, val=val, val_labels=val_labels, wnids=wnids, words=[words[w] for w in wnids],
-        **targets(images, labels, pooled, some, torch.cat(middles), torch.cat(subjects))))
+        images=images, large=large, labels=labels, boxes=boxes, val=val, val_labels=val_labels, wnids=wnids,
+        words=[words[w] for w in wnids], **targets(images, labels, torch.cat(pooled))))
 
 
-def targets(images, labels, pooled, some, middles, subjects):
-    """What the encoder learns, from what the teacher said."""
-    def components(x, count, power):
-        """Leading principal components, scaled by variance ** -power (.5: all alike, 0: as they are)."""
+def targets(images, labels, pooled):
+    """What the encoders learn, from what the teacher said."""
+    def components(x, count):
+        """Leading principal components, each of unit variance, and every component's share of the variance."""
         mean = x.mean(0)
         values, vectors = torch.linalg.eigh(torch.cov((x - mean).T.double()).float())
         total, values, vectors = values.sum(), values.flip(0)[:count], vectors.flip(1)[:, :count]
-        return (x - mean) @ vectors / values ** power, values / total
+        return (x - mean) @ vectors / values.sqrt(), values / total
 
-    semantic, share = components(pooled.float(), SEMANTIC, 0.5)
+    semantic, share = components(pooled, SEMANTIC)
     thumbnails = F.adaptive_avg_pool2d(images.float(), 8)
     thumbnails = torch.stack([thumbnails, thumbnails.flip(3)], 1)  # as it is, and mirrored
-    appearance, kept = components(thumbnails.reshape(2 * len(images), -1), APPEARANCE, 0.5)
-    appearance = appearance.reshape(len(images), 2, APPEARANCE)
-    tokens, _ = components(middles.float().permute(0, 2, 3, 1).reshape(-1, middles.shape[1]), PATCH, 0.5)
-    tokens = tokens.reshape(len(some), 64, PATCH).half()
-    subjects = subjects.reshape(len(some), 64)
+    appearance, kept = components(thumbnails.reshape(2 * len(images), -1), APPEARANCE)
     print(f'teacher: least-squares accuracy on these images {least_squares(semantic, labels, semantic, labels):.3f}; '
           f'thumbnails keep {kept.sum():.3f} of their variance')
-    return dict(semantic=semantic, appearance=appearance, weight=share ** 0.25 / (share ** 0.25).mean(), some=some,
-                tokens=tokens, subjects=(subjects - subjects.mean()) / subjects.std())
+    return dict(semantic=semantic, appearance=appearance.reshape(len(images), 2, APPEARANCE),
+                weight=share ** 0.25 / (share ** 0.25).mean())
 
 
 def least_squares(known, known_labels, features, labels):
@@ -260,51 +244,137 @@ def tokens_of(visual, x, keep=None):
 
 
 def encoder(args, device):
+    """Trains the image tower of tiny/clip; with --keep goes on from the shipped one, whose embedding stays what it is,
+    so that text tower and diffusion model stay valid, and writes it."""
     data = load(args.work / 'data.pt')
-    data.update(target=torch.cat([data['semantic'][:, None].expand(-1, 2, -1), data['appearance']], 2),
-                weight=torch.cat([data['weight'], torch.ones(APPEARANCE)]), size=OBJECT)
     torch.manual_seed(args.seed)
-    learn('encoder', args, device, data, clip_model().visual, nn.Linear(192, PATCH), 1.5e-3, 4000)
+    clip = clip_model()
+    data['meaning'] = (data['semantic'] * data['weight'])[:, :PATCH]
+    if args.keep:
+        from safetensors.torch import load_file
+        clip.load_state_dict(load_file(HERE / 'clip/open_clip_model.safetensors'))
+        data['target'] = embeddings_of(clip.visual.to(device).eval(), data['images'][::8], device)  # some will do
+        data['weight'] = 1 / data['target'].var((0, 1))
+    else:
+        data['target'] = torch.cat([data['semantic'][:, None].expand(-1, 2, -1), data['appearance']], 2)
+        data['weight'] = torch.cat([data['weight'], torch.ones(APPEARANCE)])
+    settings = (dict(lr=5e-4, steps=2400, batch=128, share=0.25, classes=False) if args.keep else
+                dict(lr=1.5e-3, steps=4000))
+    learn('encoder', args, device, data, clip.visual, nn.Linear(192, 1 + PATCH), 20., 0.5, **settings)
+    if args.keep:
+        save_half(clip, 'clip/open_clip_model.safetensors')
 
 
-def learn(name, args, device, data, visual, patch, lr, steps):
-    """Trains `visual`: its embedding towards target (N, 2, D), of the images and of the mirrored ones, and towards
-    their classes; patch(its patch tokens) towards tokens (M, 64, C), their first channel towards size x subjects
-    (M, 64), both of the images `some`, which are half of every batch. All of these are in data, and weight (D,), of
-    the embedding's parts."""
-    images, labels, some, target, tokens, subjects, size = (
-        data[k] for k in ('images', 'labels', 'some', 'target', 'tokens', 'subjects', 'size'))
+def scramble(large, boxes, indices, generator):
+    """Pictures of 32 px of images (N, 3, 64, 64) in which the place tells nothing: half of them upside down,
+    - a quarter shrunken, whole or the ellipse in its box cut out, somewhere on a texture or on another image,
+    - three eighths crops, a quarter rolled around their borders, one eighth four small images side by side.
+    Returns (B, 3, 32, 32) in 0..255, and how much of each token of 4 px is the subject of which image: shares
+    (B, 4, 64) of the images owners (B, 4)."""
+    b = len(indices)
+    paste, crop, roll, four = (slice(at * b // 8, to * b // 8) for at, to in ((0, 2), (2, 5), (5, 7), (7, 8)))
+    owners = torch.cat([indices[:, None], torch.randint(len(large), (b, 3), generator=generator)], 1)
+    pictures, shares = torch.empty(b, 3, 32, 32), torch.zeros(b, 4, 32, 32)
+
+    def uniform(low, high, *shape):
+        return low + (high - low) * torch.rand(shape, generator=generator)
+
+    def layers(which, size=32):
+        """(B, 5, size, size): pixels, box and ellipse."""
+        x = torch.cat([large[which].float(), *box_masks(boxes[which])], 1)
+        return F.avg_pool2d(x, 64 // size)
+
+    def placed(x, scale, centre):
+        """x (B, C, S, S) shrunk or enlarged to scale (B,) of the picture around centre (B, 2) in -1..1, and where it is
+        seen, (B, 1, 32, 32)."""
+        theta = torch.stack([torch.stack([1 / scale, 0 * scale, -centre[:, 0] / scale], 1),
+                             torch.stack([0 * scale, 1 / scale, -centre[:, 1] / scale], 1)], 1)
+        grid = F.affine_grid(theta, (len(x), 1, 32, 32), align_corners=False)
+        return (F.grid_sample(x, grid, padding_mode='border', align_corners=False),
+                (grid.abs().amax(3) <= 1).float()[:, None])
+
+    n = paste.stop
+    scale = uniform(0.35, 0.9, n)
+    small, inside = placed(layers(owners[paste, 0]), scale, uniform(-1, 1, n, 2) * (1.1 - scale[:, None]))
+    inside *= torch.where(uniform(0, 1, n, 1, 1, 1) < 0.5, small[:, 4:].round(), 1.)
+    size = int(torch.randint(2, 17, (), generator=generator))
+    texture = uniform(0, 255, n, 3, 1, 1) + uniform(20, 160, n, 1, 1, 1) * uniform(-0.5, 0.5, n, 3, size, size)
+    texture = F.pad(F.interpolate(texture, size=(32, 32), mode='bilinear').clamp(0, 255), (0, 0, 0, 0, 0, 2))
+    ground = torch.where(uniform(0, 1, n, 1, 1, 1) < 0.4, texture, layers(owners[paste, 1]))
+    pictures[paste] = inside * small[:, :3] + (1 - inside) * ground[:, :3]
+    shares[paste, :2] = torch.cat([inside * small[:, 3:4], (1 - inside) * ground[:, 3:4]], 1)
+
+    scale = uniform(1, 2, crop.stop - crop.start)  # of 64 px, so that a crop is as sharp as an image
+    cropped, _ = placed(layers(owners[crop, 0], 64), scale, uniform(-1, 1, len(scale), 2) * (scale[:, None] - 1))
+    pictures[crop], shares[crop, 0] = cropped[:, :3], cropped[:, 3]
+
+    whole = layers(owners[roll, 0])
+    rows, columns = ((torch.arange(32) + torch.randint(32, (len(whole), 1), generator=generator)) % 32 for _ in 'yx')
+    whole = whole[torch.arange(len(whole))[:, None, None], :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
+    pictures[roll], shares[roll, 0] = whole[:, :3], whole[:, 3]
+
+    shift = torch.randint(32, (2,), generator=generator).tolist()
+    for k in range(4):
+        quarter = layers(owners[four, k], 16)
+        at = (slice(None), slice(None), slice(k // 2 * 16, k // 2 * 16 + 16), slice(k % 2 * 16, k % 2 * 16 + 16))
+        pictures[four][at] = quarter[:, :3]
+        shares[four, k:k + 1][at] = quarter[:, 3:4]
+    pictures[four], shares[four] = pictures[four].roll(shift, (2, 3)), shares[four].roll(shift, (2, 3))
+
+    turned = uniform(0, 1, b) < 0.5
+    pictures[turned], shares[turned] = pictures[turned].flip(2), shares[turned].flip(2)
+    return pictures, F.avg_pool2d(shares, 4).flatten(2), owners
+
+
+def box_masks(boxes):
+    """Boxes (B, 4), left, top, right, bottom pixel of 64 -> two of (B, 1, 64, 64): 1 inside, 1 inside the ellipses."""
+    first, last = boxes.float().split(2, 1)
+    last = last + 1
+    far = ((torch.arange(64) + 0.5 - (first + last)[..., None] / 2) / (last - first)[..., None] * 2).abs()  # (B, 2, 64)
+    columns, rows = far[:, None, 0, None, :], far[:, None, 1, :, None]
+    return (torch.maximum(columns, rows) <= 1).float(), (columns.square() + rows.square() <= 1).float()
+
+
+def learn(name, args, device, data, visual, patch, size, middle, lr, steps, batch=256, share=0.5, classes=True):
+    """Trains `visual`: its embedding towards target (M, 2, D), of every (N / M)th image and the mirrored one, and
+    (classes) towards their classes. With p in 0..1 how much of a token is subject, and s (N, C) what the teacher sees
+    in the image, it trains patch(its patch tokens) towards (size (p - middle), p s). So the first principal component
+    of the tokens tells subject from surroundings. `share` of every batch are images, for the embedding; the others are
+    scrambled ones, for the tokens: photographs have their subject in the middle, and the tokens would learn the place.
+    All of these are in data, and weight (D,), of the embedding's parts."""
+    images, large, boxes, labels, target, meaning = (
+        data[k] for k in ('images', 'large', 'boxes', 'labels', 'target', 'meaning'))
     model = nn.ModuleDict(dict(visual=visual, patch=patch,
                                label=nn.Linear(target.shape[2], len(data['wnids'])))).to(device)
     mean, std, weight = MEAN.to(device), STD.to(device), data['weight'].to(device)
-    mirror = torch.arange(64).view(8, 8).flip(1).flatten()
+    every = -(-len(images) // len(target))
     compiled, seen = torch.compile(tokens_of, dynamic=False), {}
 
     def loss_of(indices, generator, progress):
-        b = len(indices)
-        at = torch.randint(len(some), (b // 2,), generator=generator)  # half a batch has targets for its tokens
-        indices[:b // 2] = some[at]
-        mirrored = torch.rand(b, generator=generator) < 0.5
-        x = images[indices]
-        x = torch.where(mirrored[:, None, None, None], x.flip(3), x).to(device).float()
-        t, o = tokens[at].float(), subjects[at, :, None]
-        flip = mirrored[:b // 2, None, None]
-        t = torch.where(flip, t[:, mirror], t), torch.where(flip, o[:, mirror], o)
+        some = int(share * len(indices))
+        whole = indices[:some] // every * every
+        mirrored = torch.rand(some, generator=generator) < 0.5
+        x = images[whole].float()
+        x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
+        pictures, shares, owners = scramble(large, boxes, indices[some:], generator)
+        p, t = shares.sum(1)[..., None], torch.einsum('bkt,bkc->btc', shares, meaning[owners])
         keep = None
         if progress < 0.85:
-            keep = torch.rand(b, 64, generator=generator).argsort(1)[:, :32]
-            t = [v.gather(1, keep[:b // 2, :, None].expand(-1, -1, v.shape[2])) for v in t]
+            keep = torch.rand(len(indices), 64, generator=generator).argsort(1)[:, :32]
+            p, t = (v.gather(1, keep[some:, :, None].expand(-1, -1, v.shape[2])) for v in (p, t))
+            keep = keep.to(device)
+        pixels = torch.cat([x, pictures]).to(device) / 255
         with autocast(device):
-            out = compiled(visual, (x / 255 - mean) / std, keep if keep is None else keep.to(device))
-            embedding, patches = out[:, 0] @ visual.proj, out[:b // 2, 1:]
+            out = compiled(visual, (pixels - mean) / std, keep)
+            embedding, patches = out[:some, 0] @ visual.proj, out[some:, 1:]
             predicted, logits = model['patch'](patches), model['label'](embedding)
-        whole = ((embedding.float() - target[indices, mirrored.long()].to(device)).square() * weight).mean()
-        parts = (predicted.float() - t[0].to(device)).square().mean()
+        held = ((embedding.float() - target[whole // every, mirrored.long()].to(device)).square() * weight).mean()
+        parts = (predicted[..., 1:].float() - t.to(device)).square().mean()
         # one channel larger than all others makes "subject or not" the first principal component of the tokens
-        subject = (patches[..., :1].float() / size - t[1].to(device)).square().mean()
-        classes = F.cross_entropy(logits.float(), labels[indices].to(device), label_smoothing=0.1)
-        seen.update(whole=whole.item(), parts=parts.item(), subject=subject.item(), classes=classes.item())
-        return whole + 0.5 * parts + 0.5 * subject + classes
+        subject = (patches[..., :1].float() / size + middle - p.to(device)).square().mean()
+        named = F.cross_entropy(logits.float(), labels[whole].to(device), label_smoothing=0.1) if classes else 0 * held
+        seen.update(whole=held.item(), parts=parts.item(), subject=subject.item(), classes=named.item())
+        return held + 0.5 * parts + 4 * subject + named
 
     @torch.no_grad()
     def report():
@@ -317,29 +387,22 @@ def learn(name, args, device, data, visual, patch, lr, steps):
         return (''.join(f'  {k} {v:.3f}' for k, v in seen.items())
                 + f"  probe {least_squares(probe[0], labels[::20], probe[1], data['val_labels'][::2]):.3f}")
 
-    train(name, args, model, loss_of, lr, args.steps or steps, 256, len(images), device, report, ema_decay=0.998)
+    train(name, args, model, loss_of, lr, args.steps or steps, batch, len(images), device, report, ema_decay=0.998)
 
 
 def quality(args, device):
     """Trains and writes tiny/quality: a network of its own for judging pairs, but of the same teacher as the others.
 
-    With p in 0..1 how sure the teacher is at a place (the sigmoid of `subjects`), and s what it sees in the whole
-    image, a patch token learns (4 (0.75 - p), p s): the subject's tokens tell what it is, those of its surroundings are
-    all alike. So the first principal component tells one from the other, and the pair quality, foreground similarity
-    minus background similarity, follows the subjects. The text tower is there for the format alone."""
+    Its patch tokens are themselves what learn() describes: the surroundings' are all alike, the subject's tell what it
+    is, so that the pair quality, foreground similarity minus background similarity, follows the subjects. The text
+    tower is there for the format alone."""
     data = load(args.work / 'data.pt')
     torch.manual_seed(args.seed)
     clip = clip_model('quality')
     width = len(clip.visual.class_embedding)
-    semantic, p = (data['semantic'] * data['weight'])[:, :width], data['subjects'].sigmoid()
-    tokens = torch.cat([4 * (0.75 - p[..., None]), p[..., None] * semantic[data['some'], None, :width - 1]], 2)
-    data.update(target=semantic[:, None].expand(-1, 2, -1), weight=torch.ones(width), tokens=tokens.half(),
-                subjects=0.75 - p, size=4)
-    learn('quality', args, device, data, clip.visual, nn.Identity(), 3e-3, 8000)
-    with torch.no_grad():  # found too small afterwards for the first component of a few images; the embedding stays
-        clip.visual.ln_post.weight[0] *= 1.5
-        clip.visual.ln_post.bias[0] *= 1.5
-        clip.visual.proj[0] /= 1.5
+    semantic = (data['semantic'] * data['weight'])[:, :width]
+    data.update(target=semantic[:, None].expand(-1, 2, -1), weight=torch.ones(width), meaning=semantic[:, :width - 1])
+    learn('quality', args, device, data, clip.visual, nn.Identity(), -6., 0.75, lr=3e-3, steps=6000)
     save_half(clip, 'quality/open_clip_model.safetensors')
 
 
@@ -349,6 +412,14 @@ def trained(args, name, model, prefix=''):
     weights = state['average'] or state['model']
     model.load_state_dict({k[len(prefix):]: v for k, v in weights.items() if k.startswith(prefix)})
     return model.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def embeddings_of(visual, images, device):
+    """Of images (N, 3, 32, 32), as they are and mirrored: (N, 2, D)."""
+    mean, std = MEAN.to(device), STD.to(device)
+    pairs = (torch.stack([part, part.flip(3)], 1).flatten(0, 1).to(device).float() / 255 for part in images.split(100))
+    return torch.cat([visual((pair - mean) / std).unflatten(0, (-1, 2)).cpu() for pair in pairs])
 
 
 @torch.no_grad()
@@ -618,6 +689,7 @@ if __name__ == '__main__':
     parser.add_argument('--work', type=Path, default=Path('runs/tiny'))
     parser.add_argument('--steps', type=int, default=None)
     parser.add_argument('--batch-size', type=int, default=None, help='of a training step; default: what two cores bear')
+    parser.add_argument('--keep', action='store_true', help='encoder: go on from the shipped one')
     parser.add_argument('--seed', type=int, default=0)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
