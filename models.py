@@ -369,8 +369,8 @@ class MoCoV2(Method):
     @torch.no_grad()
     def figures(self, query, key):
         """query, key: (B, D). contrastive_top1: share of the queries whose own key is nearer than all of the queue;
-        batch_top1: nearer than the other keys of the batch, which are as old as it is: near chance where a key is told
-        from those of the queue by its age and not by its image."""
+        batch_top1: nearer than the other keys of the batch, which are as old: near chance where a key is told from
+        those of the queue by its age and not by its image."""
         with torch.autocast(query.device.type, enabled=False):
             nearest = (query * key).sum(1) > (query @ self.queue.T).amax(1)
         return {'contrastive_top1': nearest.float().mean(), 'feature_std': feature_std(query),

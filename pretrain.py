@@ -368,12 +368,20 @@ def health(losses, figures, weights, qualities, config):
     return line
 
 
+def collapsed(line):
+    """What is wrong with the features, or ''."""
+    if min(line['feature_std_ratio'], line.get('assignment_entropy', 1)) < 0.05:
+        return 'the features of all images are nearly the same'
+    if 'batch_top1' in line and line['contrastive_top1'] > 0.25 > 10 * line['batch_top1']:
+        return 'keys are told from those of the queue by their age, hardly by their image'
+    return ''
+
+
 def in_words(line):
     shown = [f'{label} {line[key]:.{digits}f}' for label, key, digits in (
         ('loss', 'loss', 4), ('top-1', 'contrastive_top1', 3), ('entropy', 'assignment_entropy', 2),
         ('std', 'feature_std_ratio', 2)) if key in line]
-    collapsed = min(line['feature_std_ratio'], line.get('assignment_entropy', 1)) < 0.05
-    return (f"{'  '.join(shown)}{' COLLAPSED' * collapsed}  lr {line['lr']:.4g}  "
+    return (f"{'  '.join(shown)}{' COLLAPSED' * bool(collapsed(line))}  lr {line['lr']:.4g}  "
             f"{line['images_per_second']:.0f} images/s")
 
 
@@ -441,6 +449,7 @@ def main(config):
     if monitor and saved and processes.any(processes.main and f'"step": {step}, "knn_accuracy"' not in said):
         look_at_neighbours(monitor, model, step, steps_per_epoch, config, log)  # it ended between saving and this
     losses, waited, since, last_saved, leave = [], 0.0, time.perf_counter(), step if saved else None, False
+    wrong = ''
 
     bar = tqdm(total=last_step, initial=step, unit='step', dynamic_ncols=True, disable=None if processes.main else True)
     with closing(micro_batches(loader, step, steps_per_epoch, accumulate)) as batches:
@@ -486,7 +495,7 @@ def main(config):
                 bar.set_postfix_str(in_words(line))
                 log.write(f"epoch {line['epoch']:.2f}/{epochs}  step {step}/{last_step}  {in_words(line)}  data wait "
                           f"{line['data_wait']:.0%}" if bar.disable else None, **line)
-                losses, waited, since = [], 0.0, time.perf_counter()
+                losses, waited, since, wrong = [], 0.0, time.perf_counter(), collapsed(line)
             leave, paused = processes.any(stop) and step < last_step, time.perf_counter()
             if leave or due(*divmod(step, steps_per_epoch), config):
                 stop_if_not_finite(losses, trained, step, last_saved, checkpoint)
@@ -505,6 +514,10 @@ def main(config):
         curves(folder / 'loss.png', folder / 'log.jsonl', ['loss'],
                ['contrastive_top1', 'assignment_entropy', 'feature_std_ratio', 'knn_accuracy'])
         log.write(f"done: {finished}, {folder / 'loss.png'}")
+        if wrong:
+            log.write(f'WARNING: COLLAPSED: {wrong}. {finished} is worth no more than an untrained network. Try a '
+                      'lower optimizer.lr, longer optimizer.warmup_epochs, a momentum nearer to 1, or data.alpha=0.5',
+                      collapsed=wrong)
     log.close()
     if leave:
         sys.exit(stop.exit_code)

@@ -296,6 +296,17 @@ def test_shuffled_keys_come_back_in_order():
     assert not torch.allclose(model.keys(images, orders[0]), model.keys(images, orders[1]), atol=1e-4)
 
 
+def test_top1_of_keys_that_are_told_by_their_age():
+    """All keys of a batch alike, but newer than the queue's: nearer than all of the queue, chance within the batch."""
+    model = moco()
+    drift = F.normalize(torch.ones(16, model.queue.shape[1]), dim=1)
+    noise = 1e-4 * torch.randn(2, 16, model.queue.shape[1], generator=torch.Generator().manual_seed(0))
+    found = model.figures(drift, F.normalize(drift + noise[0], dim=1))
+    assert found['contrastive_top1'] == 1 and found['batch_top1'] <= 0.25 and found['feature_std'] < 1e-3
+    images = F.normalize(1e4 * noise[0], dim=1)
+    assert model.figures(images, images)['batch_top1'] == 1
+
+
 def test_queue_and_momentum_encoder():
     model, views = moco(momentum=0.75), pair(16)
     assert torch.allclose(model.queue.norm(dim=1), torch.ones(32))

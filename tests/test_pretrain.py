@@ -202,7 +202,19 @@ def test_collapse_is_shown(workplace, tmp_path, capsys):
                                 'view_1.solarize_prob=0', 'view_2.solarize_prob=0'))
         line = lines(tmp_path / method)[0]
         assert line['feature_std_ratio'] < 0.01 and line.get('assignment_entropy', 0) == 0
-        assert 'COLLAPSED' in capsys.readouterr().out
+        said = capsys.readouterr().out.splitlines()
+        assert any('COLLAPSED  lr' in line for line in said[:-1])
+        assert said[-1].startswith('WARNING: COLLAPSED: the features of all images') and 'backbone.pt' in said[-1]
+
+
+def test_what_counts_as_collapsed():
+    """The second and third: MoCo v2 on pairs of other images of the same class, where the loss fell all the same."""
+    for expected, figures in (('', dict(feature_std_ratio=0.5, contrastive_top1=0.16, batch_top1=0.2)),
+                              ('nearly the same', dict(feature_std_ratio=0.01, contrastive_top1=0.7, batch_top1=0.016)),
+                              ('by their age', dict(feature_std_ratio=0.06, contrastive_top1=0.34, batch_top1=0.016)),
+                              ('', dict(feature_std_ratio=0.15, contrastive_top1=0.05, batch_top1=0.03)),
+                              ('nearly the same', dict(feature_std_ratio=0.5, assignment_entropy=0.01))):
+        assert expected in pretrain.collapsed(figures) and bool(expected) == bool(pretrain.collapsed(figures))
 
 
 def test_compiled_backbone_saves_the_same_names(workplace, tmp_path, monkeypatch):
