@@ -403,6 +403,10 @@ def quality(args, device):
     semantic = (data['semantic'] * data['weight'])[:, :width]
     data.update(target=semantic[:, None].expand(-1, 2, -1), weight=torch.ones(width), meaning=semantic[:, :width - 1])
     learn('quality', args, device, data, clip.visual, nn.Identity(), -6., 0.75, lr=3e-3, steps=6000)
+    with torch.no_grad():  # found too small afterwards for the pair quality; the embedding stays
+        clip.visual.ln_post.weight[0] *= 3
+        clip.visual.ln_post.bias[0] *= 3
+        clip.visual.proj[0] /= 3
     save_half(clip, 'quality/open_clip_model.safetensors')
 
 
