@@ -292,7 +292,7 @@ def test_views_are_made_as_appendix_a_says(stage, name):
         small = 'tiny/quality' if name.endswith('_quality') else 'tiny/clip'
         assert tuple(settings['clip'].values()) == (clip if paper else (small, None, None))
     if stage == 'gen_views' and settings['proportions']:
-        strategy, level = re.search(r'_(adaptive|random|constant|150k|300k)(\d*)$', name).groups()
+        strategy, level = re.search(r'_(adaptive|random|constant|retrieval|150k|300k)(\d*)$', name).groups()
         assert settings['strategy'] == strategy.replace('150k', 'constant').replace('300k', 'constant')
         assert settings['noise_level'] == int(level or 200) and settings['generator']['steps'] == 20
         assert settings['generator']['guidance_scale'] == 10 or not paper
