@@ -110,7 +110,7 @@ def main(config):
         settings.update({k: config[k] for k in ('seed', 'view_size', 'view_format', 'chunk_size')},
                         generator=None if retrieved else {k: v for k, v in config['generator'].items()
                                                           if k not in unseen},
-                        proportions=checksum, **({'pool': pool_checksum(config)} if retrieved else {}),
+                        proportions=checksum, **({'pool': pool_checksum(config['pool'])} if retrieved else {}),
                         noise_level=config['noise_level'] if config['strategy'] == 'constant' else None,
                         **({'views_per_image': config['views_per_image']} if config['views_per_image'] > 1 else {}))
     moved = () if embeddings is None else ('dataset.root',)  # a dataset may move: its embeddings tell which one it is
@@ -199,9 +199,10 @@ ALLOWED = {
 
 def check(config):
     elsewhere, generated = config['source'] == 'folder', config['strategy'] != 'none'
-    needs = {'views_root': 'folder'} if elsewhere else {'proportions': 'folder'} if generated else {}
-    needs.update({'model': 'folder'} if generated and not elsewhere and config['strategy'] != 'retrieval' else {})
-    check_values(config, {**ALLOWED, **needs})
+    needs = ['views_root'] if elsewhere else ['proportions', 'model'] if generated else []
+    if config['strategy'] == 'retrieval' and not elsewhere:
+        needs.remove('model')
+    check_values(config, {**ALLOWED, **dict.fromkeys(needs, 'folder')})
     if elsewhere and (not generated or config['views_per_image'] > 1):
         raise Fail('source: folder packs one view an image; set views_per_image to 1, strategy to another than none')
     if elsewhere and config['strategy'] == 'retrieval':
@@ -247,11 +248,12 @@ def noise_levels(config, source):
     return levels, embeddings, zlib.crc32(levels.tobytes(), checksum), known
 
 
-def pool_checksum(config):
-    """Of the embeddings that strategy retrieval chooses among."""
-    folder = Path(config['pool'] or config['proportions'])
-    return zlib.crc32(np.ascontiguousarray(load_arrays(folder / 'embeddings.npy', f'run fg_proportion.py into {folder} '
-                                                       'again', mmap_mode='r')))
+def pool_checksum(folder):
+    """Of the embeddings that strategy retrieval chooses among; None: of the images' own, whose checksum is known."""
+    if not folder:
+        return None
+    return zlib.crc32(np.ascontiguousarray(load_arrays(
+        Path(folder) / 'embeddings.npy', f'run fg_proportion.py into {folder} again', mmap_mode='r')))
 
 
 def draw(*numbers):

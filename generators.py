@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 from common import precision_dtype
 from config import Fail
 from files import damage, load_arrays, unreadable
-from sources import source_dataset
+from sources import same_images, source_dataset
 
 diffusers_logging.disable_progress_bar()
 diffusers_logging.set_verbosity_error()  # it remarks on every autoencoder but AutoencoderKL
@@ -189,7 +189,7 @@ class Retrieval:
             block = slice(start, start + self.BLOCK)
             part = torch.from_numpy(np.asarray(embeddings[block], np.float32)).to(device)
             self.pool[block] = F.normalize(part, dim=1)
-        self.usable = torch.from_numpy(usable).to(device)
+        self.usable, self.known, self.folder = torch.from_numpy(usable).to(device), found.get('identity'), folder
         self.same, self.side, self.count, self.threads = same, side, count, ThreadPoolExecutor(8)
         self.name, self.dtype, self.embedding_dim = f'retrieval from {folder}', torch.float32, embeddings.shape[1]
 
@@ -212,7 +212,8 @@ class Retrieval:
         return index.cpu().numpy()
 
     def views(self, embeddings, noise_levels, pairs):
-        """pairs: B of (index of the image, which of its nearest, from 0). Images that do not open are black."""
+        """pairs: B of (index of the image, which of its nearest, from 0). Images that do not open are black. Raises
+        Fail for chosen images that have changed since their embeddings were made."""
         def view(index):
             try:
                 image = self.source[int(index)][0]
@@ -220,5 +221,8 @@ class Retrieval:
             except Exception:  # PIL raises nearly everything on a damaged file
                 return np.zeros((self.side, self.side, 3), np.uint8)
 
-        found = self.nearest(embeddings, [i for i, _ in pairs])
-        return np.stack(list(self.threads.map(view, found[range(len(pairs)), [number for _, number in pairs]])))
+        numbers = [number for _, number in pairs]
+        chosen = self.nearest(embeddings, [i for i, _ in pairs])[range(len(pairs)), numbers]
+        if self.known is not None:  # of an earlier version there is none
+            same_images(self.source, np.unique(chosen), self.known, self.folder, 'run fg_proportion.py on them again')
+        return np.stack(list(self.threads.map(view, chosen)))

@@ -701,6 +701,11 @@ def test_retrieval_takes_the_most_similar_other_image(settings, stage1, tmp_path
         generate(settings, tmp_path, **keys, output=str(tmp_path / 'c'), pool=str(pool))
     (pool / 'config.yaml').write_text(yaml.safe_dump(own))
     check(generate(settings, tmp_path, **keys, output=str(tmp_path / 'c'), pool=str(pool)), embeddings[::-1], False)
+    source = source_dataset({**own['dataset'], 'download': False})
+    known = np.array([source.identity(i) for i in range(N)], np.uint32)
+    np.savez(pool / 'fg_proportion.npz', noise_level=LEVELS, identity=np.where(np.arange(N) == 20, known + 1, known))
+    with pytest.raises(Fail, match='pool.*020.png'):  # it has changed since
+        generate(settings, tmp_path, **keys, output=str(tmp_path / 'e'), pool=str(pool), views_per_image=22)
     with pytest.raises(Fail, match='other settings: pool'):
         generate(settings, tmp_path, **keys, output=str(tmp_path / 'c'))
     absent = 'none/embeddings.npy: cannot be read .No such file.*run fg_proportion.py'
