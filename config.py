@@ -56,6 +56,14 @@ class _DefaultsLoader(_Loader):
     """`!int null`: null or what the tag says (!texts: a text or a list). The value of such a key becomes the types."""
 
 
+class _Each(dict):
+    """`!each {...}`: the user chooses the keys; under each of them stand these."""
+
+    def get(self, key, otherwise=None):
+        return dict(self)
+
+
+_DefaultsLoader.add_constructor('!each', lambda loader, node: _Each(loader.construct_mapping(node, deep=True)))
 for _tag, _types in (('text', str), ('int', int), ('float', float), ('bool', bool), ('texts', (str, list))):
     _DefaultsLoader.add_constructor(f'!{_tag}', lambda loader, node, types=_types: types)
 
@@ -78,10 +86,12 @@ def _null_types(value):
 
 def default_config(defaults):
     """The config that the defaults (YAML text) alone give."""
-    def without_types(value):
-        return None if _null_types(value) else \
-            {k: without_types(v) for k, v in value.items()} if isinstance(value, dict) else value
-    return without_types(_read_yaml(defaults, 'defaults', _DefaultsLoader))
+    return _without_types(_read_yaml(defaults, 'defaults', _DefaultsLoader))
+
+
+def _without_types(value):
+    return None if _null_types(value) else {} if isinstance(value, _Each) else \
+        {k: _without_types(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
 def _plain(value, problem, depth=0):
@@ -130,6 +140,11 @@ def check_keys(given, known, where, prefix=''):
 def _merge(config, defaults, changes, where, prefix='', nullable=()):
     """Write `changes` over `config`. In `defaults` every allowed key stands with a value of its type, or the types of
     one that is null (null itself: any)."""
+    if isinstance(defaults, _Each):
+        changes = {str(key): value for key, value in changes.items()}
+        for key in changes:
+            config.setdefault(key, _without_types(dict(defaults)))
+        defaults = dict.fromkeys(changes, dict(defaults))
     check_keys(changes, defaults, where, prefix)
     for key, value in changes.items():
         name, default = f'{prefix}{key}', defaults[key]
@@ -139,7 +154,9 @@ def _merge(config, defaults, changes, where, prefix='', nullable=()):
             return Fail(f"{where}: '{name}' {text}: {_shown.repr(value)}")
         if isinstance(default, dict) and default:
             if not isinstance(value, dict):
-                raise problem(f"must hold keys ({', '.join(default)})")
+                names = f"names, and under each {', '.join(default)}" if isinstance(default, _Each) else \
+                    f"keys ({', '.join(default)})"
+                raise problem(f'must hold {names}')
             _merge(config[key], default, value, where, f'{name}.', nullable)
             continue
         value = _plain(value, problem)

@@ -16,6 +16,9 @@ and exits with 1. A chunk with something wrong becomes 000012.tar.bad (empty whe
 reported, and the same command, with verify=true or without, makes it again. So it is with a beton that is damaged or
 was packed from such chunks.
 
+strategy: latent needs no images: a GAN makes both of a pair from latents (COP-Gen, hierarchical-latent), of which the
+second is the first one moved (`latent.chunks`). The chunk then holds {index:08d}.png, the anchor, and .1.png.
+
 The view of image i depends on (seed, i) and the settings alone, not on batches, processes or order. (In half precision
 a GPU rounds differently for other batch sizes: the same picture, not the same bytes.)
 """
@@ -40,7 +43,7 @@ from config import Fail, changed_keys, check_values, few, run_folder
 from files import atomic, load_arrays, load_json, save_json
 from data import BeingWritten, open_beton, write_beton
 from pictures import grid, harmless
-from sources import same_images, shrink, source_dataset
+from sources import Source, same_images, shrink, source_dataset
 
 DEFAULTS = """
 output: ''                # run folder
@@ -54,8 +57,9 @@ proportions: ''           # run folder of fg_proportion.py: noise levels and emb
 source: generator         # generator | folder (views made elsewhere, such as the official pre-generated ones)
 views_root: ''            # of source folder: its files are named like the images below root, up to the extension
 strategy: adaptive        # adaptive (eq. 8) | constant | random (0, 100, ..., 400) (Table 7) | retrieval (in place of a
-                          # generated view the most similar other image, Table 10; needs no generator) | none (no
-                          # views: a beton for baselines and for evaluation sets)
+                          # generated view the most similar other image, Table 10; needs no generator) | latent (the
+                          # images are generated too, see below) | none (no views: a beton for baselines and for
+                          # evaluation sets)
 noise_level: 200          # of strategy constant (and of views made elsewhere, where `proportions` is empty), 0-999
 pool: ''                  # of strategy retrieval: run folder of fg_proportion.py (same encoder) on the images to choose
                           # from, which must still be where they were; empty: the images themselves
@@ -70,6 +74,17 @@ generator:
                           # images, for one that was trained with another encoder than that of stage 1
   vae_slicing: false      # decode one image after the other: less memory
   compile: false          # torch.compile of the UNet: the first batch takes minutes, the others less
+latent:                   # of strategy latent; takes the place of dataset, proportions and generator
+  kind: biggan            # biggan (BigBiGAN, tiny/gan) | stylegan2
+  model: ''               # BigBiGAN_x1.pth, the folder of an embedded one, or a StyleGAN2 file (.pt, .pkl, .safetensors)
+  anchors: 1300000        # how many
+  truncation: 2.0         # anchors are standard normal, cut off here; 0: not cut off
+  psi: 1.0                # StyleGAN2's truncation in W
+  crop: !int null         # pixels: the middle square that is kept, then resized to view_size (StyleGAN2 cars: 384)
+  chunks: !each           # what makes the positive: a range of chunks (3, or 1-5) and its move; {}: none, anchor alone
+    std: 0.0              # normal noise,
+    truncation: 2.0       # cut off at +- this many times std; 0: not cut off
+    walker: ''            # or a walker of train_walker.py (also COP-Gen's and hierarchical-latent's files)
 seed: 0
 views_per_image: 1        # the loader then draws one per epoch
 batch_size: 16            # images at once; halved when the GPU has not enough memory
@@ -95,7 +110,9 @@ def main(config):
     check(config)
     first, step = shard(config['shard'], processes)
     stop, output, elsewhere = StopSignal(), run_folder(config['output']), config['source'] == 'folder'
-    source = source_dataset(config['dataset'])
+    latent = config['strategy'] == 'latent'
+    source = Source('latents', None, [-1] * config['latent']['anchors'], []) if latent else \
+        source_dataset(config['dataset'])
     levels, embeddings, checksum, known = noise_levels(config, source)
     settings = {'stage': 'gen_views', 'dataset': {k: config['dataset'][k] for k in ('name', 'root', 'split', 'subset')},
                 'images': len(source), 'strategy': config['strategy']}
@@ -104,6 +121,11 @@ def main(config):
         levels = np.where([file is None for file in views.files], -1, levels)
         settings.update(source='folder', views=int((levels >= 0).sum()), levels=zlib.crc32(levels.tobytes()),
                         **{k: config[k] for k in ('views_root', 'view_size')})
+    elif latent:
+        made_of = [config['latent']['model'], *(move['walker'] for move in config['latent']['chunks'].values())]
+        settings.update({k: config[k] for k in ('seed', 'view_size', 'view_format', 'chunk_size', 'latent')},
+                        dataset={'name': 'latents'}, views_per_image=config['views_per_image'],
+                        weights=[file_checksum(name) for name in made_of])
     elif config['strategy'] != 'none':
         retrieved = config['strategy'] == 'retrieval'
         unseen = {'vae_slicing', 'compile'} | ({'condition'} if config['generator']['condition'] == 'stored' else set())
@@ -124,6 +146,8 @@ def main(config):
 
     def compare(indices):
         """With the images that stage 1 saw, and with those that were packed."""
+        if latent:
+            return
         packed = load_arrays(images, 'delete it') if images.is_file() and (chunks or beton.exists()) else None
         for seen, what, remedy in ((known, config['proportions'], 'run fg_proportion.py on them again'),
                                    (packed, output, 'choose another output folder')):
@@ -177,11 +201,11 @@ def main(config):
         log.write(f'{beton} is complete')
         return
     if not elsewhere:
-        names = view_names(config['views_per_image'], config['view_format'])
-        views = StoredViews(output / 'views', config['chunk_size'], names)
+        views = StoredViews(output / 'views', config['chunk_size'], view_names(per_index(config), config['view_format']))
     try:
-        identities = source.identities(range(len(source)))
-        atomic(images, lambda path: np.save(path, identities))
+        if not latent:
+            identities = source.identities(range(len(source)))
+            atomic(images, lambda path: np.save(path, identities))
         pack(config, beton, source, levels, views, settings, log, stop)
     except BeingWritten:
         log.write(f'{beton}: another process is packing it')
@@ -189,7 +213,9 @@ def main(config):
 
 ALLOWED = {
     'output': 'folder', 'name': 'dataset', 'root': 'folder', 'split': ['train', 'test', 'val'], 'subset': (1, 10 ** 10),
-    'source': ['generator', 'folder'], 'strategy': ['adaptive', 'constant', 'random', 'retrieval', 'none'],
+    'source': ['generator', 'folder'], 'strategy': ['adaptive', 'constant', 'random', 'retrieval', 'latent', 'none'],
+    'kind': ['biggan', 'stylegan2'], 'anchors': (1, 10 ** 9), 'truncation': (0.0, 100.0), 'psi': (0.0, 1.0),
+    'crop': (1, 8192), 'std': (0.0, 100.0),
     'noise_level': (0, 999),
     'steps': (1, 1000), 'guidance_scale': (0.0, 1000.0), 'condition': ['stored', 'pipeline'], 'seed': (0, 10 ** 12),
     'views_per_image': (1, 90), 'batch_size': (1, 10 ** 5), 'chunk_size': (1, 10 ** 9), 'view_size': (1, 8192),
@@ -200,9 +226,16 @@ ALLOWED = {
 def check(config):
     elsewhere, generated = config['source'] == 'folder', config['strategy'] != 'none'
     needs = ['views_root'] if elsewhere else ['proportions', 'model'] if generated else []
+    latent, absent = config['strategy'] == 'latent', []
     if config['strategy'] == 'retrieval' and not elsewhere:
         needs.remove('model')
-    check_values(config, {**ALLOWED, **dict.fromkeys(needs, 'folder')})
+    if latent and not elsewhere:
+        needs, absent = ['latent.model'], ['name', 'root']
+    check_values(config, {**{k: rule for k, rule in ALLOWED.items() if k not in absent},
+                          **{'model': None} | dict.fromkeys(needs, 'file' if latent else 'folder')})
+    if latent and (elsewhere or config['views_per_image'] > 1 and not config['latent']['chunks']):
+        raise Fail('strategy: latent ' + ('makes the views, source: folder has them; set one of the two' if elsewhere
+                                          else 'without latent.chunks makes no views; set views_per_image=1'))
     if elsewhere and (not generated or config['views_per_image'] > 1):
         raise Fail('source: folder packs one view an image; set views_per_image to 1, strategy to another than none')
     if elsewhere and config['strategy'] == 'retrieval':
@@ -215,8 +248,8 @@ def check(config):
 def noise_levels(config, source):
     """Noise level (-1: no view) and embedding of every image, a checksum of both, and what stage 1 knew them by."""
     count = len(source)
-    if config['strategy'] == 'none':
-        return np.full(count, -1), None, None, None
+    if config['strategy'] in ('none', 'latent'):
+        return np.full(count, -1 if config['strategy'] == 'none' else 0), None, None, None
     if not config['proportions']:  # views made elsewhere
         return np.full(count, config['noise_level']), None, None, None
     retrieved = config['strategy'] == 'retrieval'
@@ -246,6 +279,17 @@ def noise_levels(config, source):
     levels = np.where(adaptive < 0, -1, levels)  # stage 1 could not read these
     checksum = zlib.crc32(np.ascontiguousarray(embeddings)) if stored else 0
     return levels, embeddings, zlib.crc32(levels.tobytes(), checksum), known
+
+
+def file_checksum(name):
+    """Of a file's bytes; of a folder's or of no file's: None."""
+    return zlib.crc32(Path(name).read_bytes()) if name and Path(name).is_file() else None
+
+
+def per_index(config):
+    """Pictures that a chunk holds of each index: its views, and of latents the anchor."""
+    anchors = config['strategy'] == 'latent'
+    return config['views_per_image'] * bool(config['latent']['chunks'] or not anchors) + anchors
 
 
 def pool_checksum(folder):
@@ -282,20 +326,24 @@ def same_settings(path, settings, moved, claim=False):
 # Generation
 
 def generate(config, chunks, source, levels, embeddings, record, settings_agree, processes, log, stop):
-    from generators import Retrieval, UnCLIP
-    retrieved = config['strategy'] == 'retrieval'
-    if retrieved:
+    retrieved, latent = (config['strategy'] == name for name in ('retrieval', 'latent'))
+    if latent:
+        from latents import LatentPairs
+        generator = LatentPairs(config['latent'], config['seed'], config['view_size'], processes.device)
+    elif retrieved:
+        from generators import Retrieval
         folder, own = Path(config['pool'] or config['proportions']), Path(config['proportions'])
         generator = Retrieval(folder, folder.resolve() == own.resolve(), config['view_size'], config['views_per_image'],
                               processes.device)
     else:
+        from generators import UnCLIP
         generator = UnCLIP(config['generator'], processes.device)
     if embeddings is not None and embeddings.shape[1] != generator.embedding_dim:
         raise Fail(f"{config['proportions']}: embeddings have {embeddings.shape[1]} dimensions, {generator.name} wants "
                    f'{generator.embedding_dim}; run fg_proportion.py with the CLIP that the generator was trained '
                    'with, or set generator.condition to pipeline')
     log.write(f'generator {generator.name} on {processes.device}, {generator.dtype}')
-    several, kind, claimed = config['views_per_image'], config['view_format'], False
+    several, kind, claimed = per_index(config), config['view_format'], False
     names = view_names(several, kind)
     size = min(config['batch_size'], len(levels) * several)
     # Encoding and writing happen while the generator goes on, two batches and one chunk behind at most; what goes wrong
@@ -325,10 +373,11 @@ def generate(config, chunks, source, levels, embeddings, record, settings_agree,
                 full = part + part[-1:] * (size - len(part))
                 batch = [i for i, _ in full]
                 try:  # the images are read for the generator's own encoder alone
-                    pictures = list(pool.map(lambda i: opened(source, i), batch)) if embeddings is None else full
-                    condition = embeddings[batch] if embeddings is not None else generator.embed(
+                    own = embeddings is None and not latent
+                    pictures = list(pool.map(lambda i: opened(source, i), batch)) if own else full
+                    condition = None if latent else embeddings[batch] if not own else generator.embed(
                         [picture[0] if picture else Image.new('RGB', (64, 64)) for picture in pictures])
-                    drawn = full if retrieved else [view_seed(config['seed'], *pair) for pair in full]
+                    drawn = full if retrieved or latent else [view_seed(config['seed'], *pair) for pair in full]
                     images = generator.views(condition, levels[batch], drawn)
                 except torch.cuda.OutOfMemoryError:
                     images = None  # what the error holds on to is free only below
@@ -375,7 +424,7 @@ def view_seed(seed, i, v):
 
 def verify(config, chunks, record, beton, beton_too, log, stop):
     """Read chunks and beton back. What is wrong is counted, what holds it set aside, and the process exits with 1."""
-    names = view_names(config['views_per_image'], config['view_format'])
+    names = view_names(per_index(config), config['view_format'])
 
     def inspect(chunk):
         path, indices = chunk
@@ -440,7 +489,8 @@ def pack(config, beton, source, levels, views, settings, log, stop):
             sys.exit(stop.exit_code)
 
     readable = list(range(len(source)))
-    if (levels < 0).any() or not config['proportions']:  # only then can there be images that do not open
+    latent = config['strategy'] == 'latent'
+    if not latent and ((levels < 0).any() or not config['proportions']):  # only then can there be images that do not open
         with ThreadPoolExecutor(config['num_workers']) as pool:
             opens = pool.map(lambda i: not stop and opened(source, i) is not None, readable)
             readable = [i for i, good in zip(readable, tqdm(opens, 'readable?', len(readable), disable=None)) if good]
@@ -451,12 +501,13 @@ def pack(config, beton, source, levels, views, settings, log, stop):
         leave_if_asked()
         bar.update()  # (nothing happens once it is closed)
         i = readable[k]
-        image, label = source[i]
         made = views[i] if levels[i] >= 0 else []
+        image, label = (made.pop(0), -1) if latent and made else source[i]
         if levels[i] >= 0 and not made:
             failed.add(i)
         made = [made[v % len(made)] for v in range(several)] if made else None  # others stand in for one that failed
-        return np.asarray(shrink(image, config['image_size'])), made, label, i, int(levels[i]) if made else -1
+        image = image if latent else np.asarray(shrink(image, config['image_size']))
+        return image, made, label, i, int(levels[i]) if made else -1
 
     with tqdm(desc=beton.name, total=len(readable), unit='image', disable=None) as bar:
         write_beton(beton, sample, len(readable), settings, mode=config['beton_mode'], quality=config['beton_quality'],

@@ -1,0 +1,313 @@
+"""Pairs from the latent space of a GAN (COP-Gen, hierarchical-latent): drawing latents, moving them, making images.
+
+    generator = LatentGenerator(spec, device)              # BigBiGAN, StyleGAN2, tiny/gan
+    moves = Moves({'1-5': {'std': 1.0, ...}}, generator)
+    z = generator.anchors(seed, indices)                   # (B, dim)
+    images = generator.images(generator.code(z))           # (B, 3, S, S) in 0..1, differentiable in z
+    positives = generator.images(generator.moved(z, moves(z, seed, indices, 1)))
+
+A latent consists of chunks that enter the network one after the other, from the whole to the details: BigGAN's parts of
+z, StyleGAN2's four groups of rows of W. A move is a displacement of z for a range of them; what no move names stays.
+
+Anchor i and its n-th positive are functions of (seed, i) and (seed, i, n): not of batches, processes or order.
+"""
+import math
+import re
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import gan
+from config import Fail
+from files import load_checkpoint, unreadable
+
+
+# ---------------------------------------------------------------------------------------------------
+# Random numbers
+
+def uniform(seed, indices, stream, count):
+    """(len(indices), count) float64 in the open interval (0, 1), a row from (seed, index, stream) alone."""
+    rows = [np.random.Generator(np.random.Philox(key=[seed, index], counter=[0, 0, 0, stream])).random(count)
+            for index in map(int, indices)]
+    return torch.from_numpy(np.stack(rows)) + 2 ** -54
+
+
+def normal(numbers, truncation=0.0):
+    """Uniform numbers -> standard normal ones, float32; with truncation those of a normal distribution that is cut off
+    at +-truncation (scipy's truncnorm), so that the standard deviation is smaller than 1."""
+    if truncation:
+        low = torch.special.ndtr(torch.tensor(-truncation, dtype=torch.float64))
+        numbers = low + (1 - 2 * low) * numbers
+    return torch.special.ndtri(numbers).float()
+
+
+# ---------------------------------------------------------------------------------------------------
+# Generators
+
+class LatentGenerator:
+    """A frozen GAN with a hierarchical latent.
+
+    spec: `kind` (biggan | stylegan2), `model` (its file, or the folder of an embedded one), `truncation` of the anchors
+    (0: none), `psi` (StyleGAN2: truncation in W), `crop` (pixels: the middle square that is kept, None: all).
+    size: pixels a side of the images, None: as the network makes them."""
+
+    def __init__(self, spec, device, size=None):
+        self.hierarchy = (_BigGAN if spec['kind'] == 'biggan' else _StyleGAN2)(spec['model'], spec['psi'], device)
+        self.device, self.truncation, self.crop, self.name = device, spec['truncation'], spec['crop'], spec['model']
+        self.dim, self.chunks, whole = self.hierarchy.dim, self.hierarchy.chunks, self.hierarchy.network.resolution
+        self.part, self.code, self.moved = self.hierarchy.part, self.hierarchy.code, self.hierarchy.moved
+        if (self.crop or 1) > whole:
+            raise Fail(f'latent.crop: {self.crop} is more than the {whole} pixels of {self.name}')
+        self.size = size or self.crop or whole
+
+    def anchors(self, seed, indices):
+        """Latents (B, dim) of the anchors `indices`."""
+        return normal(uniform(seed, indices, 0, self.dim), self.truncation).to(self.device)
+
+    def images(self, code):
+        """Images (B, 3, size, size) in 0..1."""
+        x = self.hierarchy.synthesise(code)
+        if self.crop:
+            edge = (x.shape[3] - self.crop) // 2
+            x = x[:, :, edge:edge + self.crop, edge:edge + self.crop]
+        if x.shape[3] != self.size:
+            x = F.interpolate(x, (self.size, self.size), mode='bilinear', align_corners=False, antialias=True)
+        return x.clamp(0, 1)
+
+
+class _BigGAN:
+    """Chunks are equal parts of z; chunk 0 is the input, the others condition a block each."""
+    levels = 256                                         # uint8 is floor(256 x), COP-Gen's and GenRep's code
+
+    def __init__(self, model, psi, device):
+        if psi != 1:
+            raise Fail('latent.psi: is StyleGAN2\'s truncation in W; of a BigGAN set latent.truncation')
+        self.network = gan.biggan(model).to(device)
+        self.chunks, self.width = self.network.chunks, self.network.chunk
+        self.dim = self.chunks * self.width
+
+    def part(self, z, first, last):
+        """What a walker of the chunks first..last sees, and by what it displaces."""
+        return z[:, first * self.width:(last + 1) * self.width]
+
+    def code(self, z):
+        """What `images` makes one of."""
+        return z
+
+    def moved(self, z, moves):
+        """The code of z displaced. moves: {(first, last): displacement of part(z, first, last)}."""
+        pieces = list(z.split(self.width, 1))
+        for (first, last), shift in moves.items():
+            for k, piece in zip(range(first, last + 1), shift.split(self.width, 1)):
+                pieces[k] = pieces[k] + piece
+        return torch.cat(pieces, 1)
+
+    def synthesise(self, code):
+        return (self.network(code) + 1) / 2
+
+
+class _StyleGAN2:
+    """Chunks are four groups of rows of W, all from one z: a displaced z is mapped anew and gives the rows of its
+    chunks, the others stay (hierarchical-latent's code). W's rows enter one a layer."""
+    chunks, levels = 4, 255
+
+    def __init__(self, model, psi, device):
+        self.network, self.psi = gan.stylegan2(model).to(device), psi
+        self.dim, rows = self.network.z_dim, self.network.num_ws
+        self.edges = [round(rows * k / 4) for k in range(5)]
+
+    def part(self, z, first, last):
+        return z
+
+    def code(self, z):
+        average = self.network.mapping.w_avg
+        w = average + self.psi * (self.network.map(z) - average)
+        return w[:, None].expand(-1, self.network.num_ws, -1)
+
+    def moved(self, z, moves):
+        rows = list(self.code(z).unbind(1))
+        for (first, last), shift in moves.items():
+            other = self.code(z + shift)
+            for k in range(self.edges[first], self.edges[last + 1]):
+                rows[k] = other[:, k]
+        return torch.stack(rows, 1)
+
+    def synthesise(self, code):
+        return (self.network.synthesise(code) * 127.5 + 128) / 255
+
+
+# ---------------------------------------------------------------------------------------------------
+# Moves
+
+class Walker(nn.Module):
+    """T of COP-Gen (eq. 5): z (B, width) -> displacement (B, width), two linear layers.
+
+    relu: between them (False: COP-Gen's linear variant). start: default (PyTorch's initialisation, COP-Gen's code) or
+    small (weights of std 0.01, biases within 0.001: hierarchical-latent's)."""
+
+    def __init__(self, width, relu=True, start='default'):
+        super().__init__()
+        self.width, self.relu, self.start = width, relu, start
+        self.layers = nn.ModuleList([nn.Linear(width, width), nn.Linear(width, width)])
+        for layer in self.layers if start == 'small' else ():
+            nn.init.normal_(layer.weight, std=0.01)
+            nn.init.uniform_(layer.bias, -0.001, 0.001)
+
+    def forward(self, z, numbers=None):
+        first, second = self.layers
+        return second(F.relu(first(z)) if self.relu else first(z))
+
+
+class Steering(nn.Module):
+    """Directions that all latents share (Jahanian et al. 2021, as GenRep's code): displacement = sliders x directions.
+
+    The sliders are those of EDITS; at generation they are drawn as in training, the 3-D rotation's times 5."""
+    EDITS = ('rotation_3d', 'rotation', 'zoom', 'shift_x', 'shift_y', 'red', 'green', 'blue')
+    NUMBERS = 9                                          # uniform numbers that a row of sliders takes
+
+    def __init__(self, width):
+        super().__init__()
+        self.width, self.directions = width, nn.Parameter(torch.randn(len(self.EDITS), width) * 0.1)
+
+    @staticmethod
+    def sliders(numbers):
+        """(B, 9) uniform -> (B, 8): rotations and shifts -1..1 in steps (of 10 degrees to 60, of 5 to 30, of a tenth),
+        zoom log of U(1/4, 1) or U(1, 4) by coin, colours -0.5..0.5."""
+        u = numbers.float()
+        steps = lambda x, n: torch.floor(x * (2 * n + 1)).clamp(max=2 * n) / n - 1
+        zoom = torch.where(u[:, 8] < 0.5, 0.25 + 0.75 * u[:, 2], 1 + 3 * u[:, 2]).log()
+        return torch.stack([steps(u[:, 0], 6), steps(u[:, 1], 6), zoom, steps(u[:, 3], 10), steps(u[:, 4], 10),
+                            *(u[:, 5:8] - 0.5).unbind(1)], 1)
+
+    def forward(self, z, numbers):
+        sliders = self.sliders(numbers).to(z.device)
+        sliders[:, 0] *= 5
+        return sliders @ self.directions
+
+
+def chunk_range(name, chunks):
+    """'1-5' or '3' -> (first, last)."""
+    found = re.fullmatch(r'(\d+)(?:-(\d+))?', str(name))
+    first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+    if not first <= last < chunks:
+        raise Fail(f"chunks: '{name}' is no chunk or range of chunks from 0 to {chunks - 1} (3, or 1-5)")
+    return first, last
+
+
+class Moves:
+    """moves(z, seed, indices, number) -> {(first, last): displacement}, for LatentGenerator.moved.
+
+    chunks: {range: {std, truncation, walker}}. With `walker` (a file of train_walker.py, or COP-Gen's navigator) the
+    displacement is the walker's; else normal noise, cut off at +-truncation x std (0: not), of standard deviation std
+    before that. Ranges of StyleGAN2 share one noise vector, as in hierarchical-latent's code. Raises Fail."""
+
+    def __init__(self, chunks, generator):
+        self.generator, self.parts, taken = generator, [], set()
+        for name, spec in chunks.items():
+            first, last = chunk_range(name, generator.chunks)
+            if taken & set(range(first, last + 1)):
+                raise Fail(f"chunks: '{name}' and another range share chunks; each may move once")
+            taken |= set(range(first, last + 1))
+            walker = None
+            if spec['walker']:
+                if spec['std']:
+                    raise Fail(f"chunks.{name}: std is of noise, walker moves by itself; set one of the two")
+                walker = load_walker(spec['walker'])
+                width = generator.part(torch.zeros(1, generator.dim), first, last).shape[1]
+                if walker.width != width:
+                    raise Fail(f"chunks.{name}: {spec['walker']} is a walker of width {walker.width}, these chunks of "
+                               f'{generator.name} have {width}')
+                walker.to(generator.device)
+            self.parts.append(((first, last), spec['std'], spec['truncation'], walker))
+
+    @torch.no_grad()
+    def __call__(self, z, seed, indices, number):
+        numbers, moves = uniform(seed, indices, number, self.generator.dim + Steering.NUMBERS), {}
+        for (first, last), std, truncation, walker in self.parts:
+            if walker:
+                moves[first, last] = walker(self.generator.part(z, first, last), numbers[:, -Steering.NUMBERS:])
+            elif std:
+                part = self.generator.part(numbers[:, :-Steering.NUMBERS], first, last)
+                moves[first, last] = std * normal(part, truncation).to(z.device)
+        return moves
+
+
+class LatentPairs:
+    """Anchors and positives as gen_views.py asks for views (see generators.py): views(..., pairs) makes of (i, 0) the
+    anchor i, of (i, n) its n-th positive, as uint8 (B, size, size, 3) rounded as the papers' codes do."""
+    embedding_dim = None
+
+    def __init__(self, spec, seed, size, device):
+        self.generator, self.seed = LatentGenerator(spec, device, size), seed
+        self.moves, self.name, self.dtype = Moves(spec['chunks'], self.generator), spec['model'], torch.float32
+
+    @torch.no_grad()
+    def views(self, embeddings, noise_levels, pairs):
+        generator, (indices, numbers) = self.generator, np.array(pairs).T
+        z, images = generator.anchors(self.seed, indices), torch.empty(len(pairs), 3, *[generator.size] * 2)
+        for number in np.unique(numbers):
+            at = np.flatnonzero(numbers == number)
+            moves = self.moves(z[at], self.seed, indices[at], int(number)) if number else {}
+            images[at] = generator.images(generator.moved(z[at], moves)).cpu()
+        return (images * generator.hierarchy.levels).clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous().numpy()
+
+
+class _Shell:
+    """Stands for a class that a file names: keeps what it held, runs nothing."""
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+
+
+# COP-Gen's and hierarchical-latent's walkers were saved as whole objects of these classes.
+PICKLED = [f'{module}.{name}' for module, names in {
+    'torch.nn.parallel.data_parallel': ['DataParallel'], 'torch.nn.modules.container': ['Sequential'],
+    'torch.nn.modules.linear': ['Linear'], 'torch.nn.modules.activation': ['ReLU'],
+    '__main__': ['NonlinearWalk', 'LinearWalk'],
+    'src.noise_maker.walkers': ['NonlinearWalker', 'LinearWalker']}.items() for name in names]
+
+
+def save_walker(path, walker, **about):
+    """about: what else to remember, plain values."""
+    from files import save_checkpoint
+    kind = {'steering': True} if isinstance(walker, Steering) else {'relu': walker.relu, 'start': walker.start}
+    save_checkpoint(path, {'walker': walker.state_dict(), 'width': walker.width, **kind, **about})
+
+
+def load_walker(path):
+    """A Walker or Steering, frozen, from a file of train_walker.py or one of COP-Gen's or hierarchical-latent's. None of
+    the code that these name is run. Raises Fail."""
+    with torch.serialization.safe_globals([(_Shell, name) for name in PICKLED]):
+        found = load_checkpoint(path)
+    try:
+        if 'nn_walker' in found:
+            layers = _linear_layers(found['nn_walker'])
+            walker = Walker(layers[0]['weight'].shape[0], relu=_holds_relu(found['nn_walker']))
+            state = {f'layers.{k}.{name}': layers[k][name] for k in range(2) for name in ('weight', 'bias')}
+            if len(layers) != 2:
+                raise ValueError(f'{len(layers)} linear layers, not two')
+        else:
+            walker = Steering(found['width']) if found.get('steering') else Walker(found['width'], found['relu'])
+            state = found['walker']
+        walker.load_state_dict(state)
+        if not all(value.isfinite().all() for value in walker.state_dict().values()):
+            raise ValueError('its weights are not finite')
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+        raise unreadable(path, error, 'train it again', 'a walker') from None
+    return walker.eval().requires_grad_(False)
+
+
+def _linear_layers(shell):
+    """Parameters of the layers in a pickled module that have a weight, in their order."""
+    own = {key: value.float() for key, value in shell.__dict__.get('_parameters', {}).items() if value is not None}
+    return ([own] if 'weight' in own else []) + [
+        layer for child in shell.__dict__.get('_modules', {}).values() if child is not None
+        for layer in _linear_layers(child)]
+
+
+def _holds_relu(shell):
+    """Whether a module without parameters or parts, the ReLU, is among the parts of a pickled module."""
+    parts = shell.__dict__.get('_modules', {})
+    return not parts and not shell.__dict__.get('_parameters') or any(map(_holds_relu, parts.values()))
