@@ -142,6 +142,32 @@ def _draw(key, recipe, height, width):
 
 
 @njit(**JIT)
+def parameters(seed, epoch, keys, view, recipe, height, width):
+    """What render draws for view number `view` of (height, width) images with these keys: (len(keys), 13)."""
+    drawn = np.empty((len(keys), 13), np.float64)
+    for i in range(len(keys)):
+        drawn[i] = _draw(_key(seed, epoch, keys[i], view), recipe, height, width)
+    return drawn
+
+
+@njit(**JIT)
+def _source(pair, alpha, swap, views):
+    """Which of the first two views comes from the synthetic image, -1 for none."""
+    if _uniform(pair, 0) < alpha:
+        return swap if swap >= 0 else int(_uniform(pair, 1) * min(2, views))
+    return -1
+
+
+@njit(**JIT)
+def sources_of_views(seed, keys, alpha, swap, views):
+    """_source of every key (int8), in epoch 0."""
+    found = np.empty(len(keys), np.int8)
+    for i in range(len(keys)):
+        found[i] = _source(_key(seed, 0, keys[i], 1 << 33), alpha, swap, views)
+    return found
+
+
+@njit(**JIT)
 def _taps(n_in, n_out, first, count):
     """Pillow's antialiased bilinear filter, n_in -> n_out, for the outputs first..first+count: where each starts, how
     many inputs it reads and their weights in 2**-22. Upscaling is plain bilinear."""
@@ -373,9 +399,7 @@ def render(io, table, first, last, seed, epoch, alpha, swap, recipes, offsets, f
     for i in range(first, last):
         row = table[i]
         pair = _key(seed, epoch, row[KEY], 1 << 33)
-        from_view = -1
-        if row[HAS_VIEW] and _uniform(pair, 0) < alpha:
-            from_view = swap if swap >= 0 else int(_uniform(pair, 1) * min(2, views))
+        from_view = _source(pair, alpha, swap, views) if row[HAS_VIEW] else -1
         synthetic[i] = from_view
         loaded0 = loaded1 = False
         for v in range(views):

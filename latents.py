@@ -107,6 +107,10 @@ class _BigGAN:
     def synthesise(self, code):
         return (self.network(code) + 1) / 2
 
+    def distances(self, code, other):
+        """Euclidean distance of two codes within each chunk, (B, chunks)."""
+        return (other - code).unflatten(1, (self.chunks, self.width)).norm(dim=2)
+
 
 class _StyleGAN2:
     """Chunks are four groups of rows of W, all from one z: a displaced z is mapped anew and gives the rows of its
@@ -136,6 +140,10 @@ class _StyleGAN2:
 
     def synthesise(self, code):
         return (self.network.synthesise(code) * 127.5 + 128) / 255
+
+    def distances(self, code, other):
+        parts = (other - code).split([b - a for a, b in zip(self.edges, self.edges[1:])], 1)
+        return torch.stack([part.flatten(1).norm(dim=1) for part in parts], 1)
 
 
 # ---------------------------------------------------------------------------------------------------

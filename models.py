@@ -20,8 +20,8 @@ from loss import info_nce, info_nce_batch, negative_cosine, nt_xent, sinkhorn, s
 
 
 def normalize(images, mean, std):
-    """uint8 images (B, 3, H, W) -> float32, channels last; mean and std are (1, 3, 1, 1) for values in [0, 1]."""
-    images = images.to(torch.float32, memory_format=torch.channels_last)
+    """Images (B, 3, H, W), uint8 or 0..255 -> float32, channels last; mean and std (1, 3, 1, 1) are of 0..1."""
+    images = images.to(torch.float32, memory_format=torch.channels_last, copy=True)
     return images.sub_(mean * 255).div_(std * 255)
 
 

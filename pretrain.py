@@ -60,6 +60,15 @@ data:
   alpha: 1.0            # probability that one view of a pair comes from the synthetic image (GenView Table 8)
   swap: random          # which one: random (per sample and epoch, as the official code) | first (query) | second (key)
   num_workers: 8        # threads per process that decode and augment
+  online:               # instead of a beton: a GAN makes the pairs on the training device (hierarchical-latent sec. 4.1)
+    images_per_epoch: 0 # > 0: online, with this many anchors an epoch, never the same twice; ImageNet has 1281167
+    kind: biggan        # this and what follows: see gen_views.py
+    model: ''
+    truncation: 2.0
+    psi: 1.0
+    crop: !int null
+    size: !int null     # pixels: side of the generated images, resized to that; null: as the network makes them
+    chunks: !each {std: 0.0, truncation: 2.0, walker: ''}
 
 image_size: 224         # pixels, side of a view
 normalization: !texts null  # null = clip (as the official code) | imagenet | cifar10 |
@@ -185,7 +194,8 @@ BOOKKEEPING = ('output', 'device', 'compile', 'data.num_workers', 'knn', 'log_ev
 BLOCKS = {name: 'moco' if name == 'mocov2' else name for name in METHODS}  # a method's block in the config
 EVER = 10 ** 9
 ALLOWED = {
-    'output': 'folder', 'beton': 'file', 'method': list(METHODS), 'alpha': (0.0, 1.0),
+    'output': 'folder', 'beton': 'file', 'images_per_epoch': (0, 10 ** 10), 'kind': ['biggan', 'stylegan2'],
+    'truncation': (0.0, 100.0), 'psi': (0.0, 1.0), 'crop': (1, 8192), 'std': (0.0, 100.0), 'method': list(METHODS), 'alpha': (0.0, 1.0),
     'swap': ['random', 'first', 'second'], 'seed': (0, 10 ** 12), 'num_workers': (1, 1024), 'image_size': (8, 1024),
     'size': (8, 1024), 'count': (0, 100),
     'arch': [*RESNETS, *VITS], 'stem': ['imagenet', 'cifar'], 'width': (8, 1024), 'patch_size': (1, 1024),
@@ -207,7 +217,15 @@ def check(config, world):
     allowed = {**ALLOWED, 'optimizer.name': list(OPTIMIZERS)}
     if config['knn']['every']:
         allowed |= {'train_beton': 'file', 'test_beton': 'file'}
+    online = config['data']['online']
+    if online['images_per_epoch']:
+        allowed |= {'beton': None, 'data.online.model': 'file'}
     check_values({k: v for k, v in config.items() if k == block or k not in BLOCKS.values()}, allowed)
+    if online['images_per_epoch'] and config['data']['beton']:
+        raise Fail('data.online.images_per_epoch: makes the pairs, data.beton holds them; set one of the two')
+    if 0 < online['images_per_epoch'] < config['batch_size']:
+        raise Fail(f"data.online.images_per_epoch: {online['images_per_epoch']} is less than batch_size "
+                   f"{config['batch_size']}")
     settings, batch, accumulate = config[block], config['batch_size'], config['accumulate']
     if not 0 <= optimizer['warmup_epochs'] <= config['epochs']:
         raise Fail(f"optimizer.warmup_epochs: {optimizer['warmup_epochs']} must be in [0, epochs = {config['epochs']}]")
@@ -240,10 +258,15 @@ def open_pairs(config, processes):
     recipes = [{'size': config['image_size'], **config[view]} for view in ('view_1', 'view_2')]
     recipes += [{**recipes[k % 2], 'size': small['size'], 'crop_scale': small['crop_scale']}
                 for k in range(small['count'])]
-    loader = PairLoader(data['beton'], recipes, data['alpha'], data['swap'],
-                        batch_size=config['batch_size'] // (processes.world * config['accumulate']),
-                        seed=config['seed'], num_workers=data['num_workers'], rank=processes.rank,
-                        world=processes.world, pin_memory=processes.device.type == 'cuda')
+    share = dict(batch_size=config['batch_size'] // (processes.world * config['accumulate']), seed=config['seed'],
+                 rank=processes.rank, world=processes.world)
+    if data['online']['images_per_epoch']:
+        from online import OnlinePairs
+        return OnlinePairs(data['online'], recipes, data['alpha'], data['swap'], device=processes.device,
+                           steps_per_epoch=data['online']['images_per_epoch'] // config['batch_size']
+                           * config['accumulate'], **share)
+    loader = PairLoader(data['beton'], recipes, data['alpha'], data['swap'], num_workers=data['num_workers'],
+                        pin_memory=processes.device.type == 'cuda', **share)
     if len(loader) < config['accumulate']:
         raise Fail(f"batch_size: {config['batch_size']} is more than the {loader.sidecar['samples']} images of "
                    f"{data['beton']}")
