@@ -45,7 +45,7 @@ RUN, RESULTS = Path('runs/effect'), ROOT / 'results/cifar10_effect.json'
 PLAIN, WEIGHTED, CROPS = ['quality.enabled=false'], ['quality.enabled=true'], ['data.alpha=0']
 SHARES = (100, 75, 50, 25)
 ROWS = {  # row: (views, keys of yamls/pretrain/effect.yaml, title)
-    'two_crops': ('adaptive', CROPS + PLAIN, 'two crops (alpha 0)'),
+    'two_crops': ('same_class_100', CROPS + PLAIN, 'two crops (alpha 0)'),
     **{f'same_class_{share}': (f'same_class_{share}', PLAIN, f'real images, {share} % of the same class')
        for share in SHARES},
     'retrieval': ('retrieval', PLAIN, 'nearest other real image'),
@@ -159,8 +159,9 @@ def main():
     if unknown := set(rows) - set(ROWS):
         sys.exit(f'no row {", ".join(unknown)}; there are {", ".join(ROWS)}')
     if rows:
-        stage('fg_proportion.py', 'yamls/fg_proportion/effect.yaml')
-        stage('fg_proportion.py', 'yamls/fg_proportion/effect_quality.yaml')
+        if {ROWS[row][0] for row in rows} - {f'same_class_{share}' for share in SHARES} - {'reconstruction'}:
+            stage('fg_proportion.py', 'yamls/fg_proportion/effect.yaml')
+            stage('fg_proportion.py', 'yamls/fg_proportion/effect_quality.yaml')
         stage('gen_views.py', 'yamls/gen_views/cifar10_test.yaml')
         for views in sorted({ROWS[row][0] for row in rows}):
             if views == 'reconstruction' or views.startswith('same_class'):
