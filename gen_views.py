@@ -229,13 +229,14 @@ def check(config):
     latent, absent = config['strategy'] == 'latent', []
     if config['strategy'] == 'retrieval' and not elsewhere:
         needs.remove('model')
-    if latent and not elsewhere:
+    if latent:
+        if elsewhere:
+            raise Fail('strategy: latent makes the views, source: folder has them; set one of the two')
+        if config['views_per_image'] > 1 and not config['latent']['chunks']:
+            raise Fail('views_per_image: strategy latent without latent.chunks makes no views; set it to 1')
         needs, absent = ['latent.model'], ['name', 'root']
     check_values(config, {**{k: rule for k, rule in ALLOWED.items() if k not in absent},
                           **{'model': None} | dict.fromkeys(needs, 'file' if latent else 'folder')})
-    if latent and (elsewhere or config['views_per_image'] > 1 and not config['latent']['chunks']):
-        raise Fail('strategy: latent ' + ('makes the views, source: folder has them; set one of the two' if elsewhere
-                                          else 'without latent.chunks makes no views; set views_per_image=1'))
     if elsewhere and (not generated or config['views_per_image'] > 1):
         raise Fail('source: folder packs one view an image; set views_per_image to 1, strategy to another than none')
     if elsewhere and config['strategy'] == 'retrieval':

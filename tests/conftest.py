@@ -108,3 +108,19 @@ def clips(tmp_path_factory):
         save_file({key: value.contiguous() for key, value in model.state_dict().items()},
                   folder / 'open_clip_model.safetensors')
     return folders
+
+
+def small_gan(folder, **changes):
+    """A folder for gan.biggan: 32 px, 6 chunks of 8, random weights. Returns it."""
+    from safetensors.torch import save_file
+    from gan import BigGAN
+    torch.manual_seed(0)
+    config = dict(widths=[32, 32, 32, 16, 16, 16], up=[1, 0, 1, 0, 1], attention=None, chunk=8, shared=4, **changes)
+    network = BigGAN(**config)
+    for module in network.modules():
+        if isinstance(module, torch.nn.Linear):
+            torch.nn.init.normal_(module.weight, std=0.5)  # chunks shall show
+    folder.mkdir(exist_ok=True)
+    (folder / 'config.json').write_text(json.dumps(config))
+    save_file(network.state_dict(), folder / 'model.safetensors')
+    return folder
