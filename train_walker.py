@@ -124,10 +124,9 @@ def edited(images, sliders):
     rotation_3d, rotation, zoom, *shifts = sliders[:, :5].unbind(1)
     matrix = lambda *rows: torch.stack([torch.stack([torch.as_tensor(v, device=images.device).expand(len(images))
                                                      for v in row], 1) for row in rows], 1)
-    turn, tilt, far, plane = rotation * torch.pi / 6, rotation_3d * torch.pi / 3, 8 ** 0.5, 2 / images.shape[3]
+    turn, tilt, far = rotation * torch.pi / 6, rotation_3d * torch.pi / 3, 8 ** 0.5
     # x and y are -1..1 in the image; GenRep shifts a tilted one by a fifth of a pixel (of 256) per degree
-    space = matrix([far * tilt.cos(), 0., far * (-plane * tilt.sin() - 12 * rotation_3d / 128)], [0., far, 0.],
-                   [tilt.sin(), 0., far + plane * tilt.cos()])
+    space = matrix([far * tilt.cos(), 0., -far * 12 * rotation_3d / 128], [0., far, 0.], [tilt.sin(), 0., far])
     flat = zoom.exp()[:, None, None] * matrix([turn.cos(), turn.sin(), 0.], [-turn.sin(), turn.cos(), 0.], [0., 0., 0.])
     flat = flat + matrix([0., 0., shifts[0] / 1.28], [0., 0., shifts[1] / 1.28], [0., 0., 1.])
     at = F.affine_grid(torch.eye(2, 3, device=images.device)[None], (1, 1, *images.shape[2:]), align_corners=False)
@@ -135,7 +134,7 @@ def edited(images, sliders):
     where = seen[..., :2] / seen[..., 2:]
     colours = torch.cat([images + sliders[:, 5:, None, None], torch.ones_like(images[:, :1])], 1)
     found = F.grid_sample(colours, where, align_corners=False)
-    return found[:, :3], (found[:, 3:] > 0.999).float()
+    return found[:, :3], (found[:, 3:] > 0.99).float()
 
 
 class Game:
