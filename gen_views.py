@@ -81,6 +81,7 @@ latent:                   # of strategy latent; takes the place of dataset, prop
   truncation: 2.0         # anchors are standard normal, cut off here; 0: not cut off
   psi: 1.0                # StyleGAN2's truncation in W
   crop: !int null         # pixels: the middle square that is kept, then resized to view_size (StyleGAN2 cars: 384)
+  discriminator: ''       # of train_discriminator.py: of two candidates the better pair; empty: none
   chunks: !each           # what makes the positive: a range of chunks (3, or 1-5) and its move; {}: none, anchor alone
     std: 0.0              # normal noise,
     truncation: 2.0       # cut off at +- this many times std; 0: not cut off
@@ -122,7 +123,8 @@ def main(config):
         settings.update(source='folder', views=int((levels >= 0).sum()), levels=zlib.crc32(levels.tobytes()),
                         **{k: config[k] for k in ('views_root', 'view_size')})
     elif latent:
-        made_of = [config['latent']['model'], *(move['walker'] for move in config['latent']['chunks'].values())]
+        made_of = [config['latent']['model'], config['latent']['discriminator'],
+                   *(move['walker'] for move in config['latent']['chunks'].values())]
         settings.update({k: config[k] for k in ('seed', 'view_size', 'view_format', 'chunk_size', 'latent')},
                         dataset={'name': 'latents'}, views_per_image=config['views_per_image'],
                         weights=[file_checksum(name) for name in made_of])

@@ -5,13 +5,13 @@
     z = generator.anchors(seed, indices)                   # (B, dim)
     images = generator.images(generator.code(z))           # (B, 3, S, S) in 0..1, differentiable in z
     positives = generator.images(generator.moved(z, moves(z, seed, indices, 1)))
+    anchors, positives = LatentPairs(spec, seed, size, device).images(indices)           # all of it
 
 A latent consists of chunks that enter the network one after the other, from the whole to the details: BigGAN's parts of
 z, StyleGAN2's four groups of rows of W. A move is a displacement of z for a range of them; what no move names stays.
 
 Anchor i and its n-th positive are functions of (seed, i) and (seed, i, n): not of batches, processes or order.
 """
-import math
 import re
 
 import numpy as np
@@ -20,8 +20,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import gan
+from checkpoints import NORMALIZATIONS
 from config import Fail
-from files import load_checkpoint, unreadable
+from files import load_checkpoint, save_checkpoint, unreadable
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -243,23 +244,82 @@ class Moves:
 
 
 class LatentPairs:
-    """Anchors and positives as gen_views.py asks for views (see generators.py): views(..., pairs) makes of (i, 0) the
-    anchor i, of (i, n) its n-th positive, as uint8 (B, size, size, 3) rounded as the papers' codes do."""
+    """Anchors and positives, and gen_views.py's interface to them (see generators.py).
+
+    spec: as LatentGenerator's, with `chunks` (see Moves) and `discriminator` (a file of train_discriminator.py, or
+    empty). With one, sample i is the better of two candidates, the latents 2 i and 2 i + 1, by the mean score of anchor
+    and positive. (hierarchical-latent appendix E keeps the better half of a batch that was sampled twice; so a sample
+    would depend on its batch.)"""
     embedding_dim = None
 
     def __init__(self, spec, seed, size, device):
         self.generator, self.seed = LatentGenerator(spec, device, size), seed
         self.moves, self.name, self.dtype = Moves(spec['chunks'], self.generator), spec['model'], torch.float32
+        self.discriminator = load_discriminator(spec['discriminator']).to(device) if spec['discriminator'] else None
 
     @torch.no_grad()
+    def images(self, indices, number=1):
+        """Images in 0..1 (B, 3, size, size) of the anchors and of their positives `number`, which are the anchors where
+        nothing moves."""
+        indices = np.asarray(indices)
+        if not self.discriminator:
+            return self._made(indices, number)
+        candidates = np.stack([2 * indices, 2 * indices + 1], 1).reshape(-1)
+        first = self._made(candidates, 1)
+        scores = sum(self.discriminator(images) for images in first).view(-1, 2)
+        chosen = scores.argmax(1) + 2 * torch.arange(len(indices), device=scores.device)
+        if number == 1:
+            return tuple(images[chosen] for images in first)
+        return self._made(candidates[chosen.cpu().numpy()], number)
+
+    def _made(self, indices, number):
+        generator, z = self.generator, self.generator.anchors(self.seed, indices)
+        moves = self.moves(z, self.seed, indices, number)
+        if not moves:
+            return (generator.images(generator.code(z)),) * 2
+        return generator.images(torch.cat([generator.code(z), generator.moved(z, moves)])).chunk(2)
+
     def views(self, embeddings, noise_levels, pairs):
-        generator, (indices, numbers) = self.generator, np.array(pairs).T
-        z, images = generator.anchors(self.seed, indices), torch.empty(len(pairs), 3, *[generator.size] * 2)
+        """pairs: of (i, n); (i, 0) is the anchor i, (i, n) its n-th positive. uint8 (B, size, size, 3) on the CPU,
+        rounded as the papers' codes do."""
+        indices, numbers = np.array(pairs).T
+        images = torch.empty(len(pairs), 3, *[self.generator.size] * 2)
         for number in np.unique(numbers):
             at = np.flatnonzero(numbers == number)
-            moves = self.moves(z[at], self.seed, indices[at], int(number)) if number else {}
-            images[at] = generator.images(generator.moved(z[at], moves)).cpu()
-        return (images * generator.hierarchy.levels).clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous().numpy()
+            images[at] = self.images(indices[at], max(1, int(number)))[bool(number)].cpu()
+        levels = self.generator.hierarchy.levels
+        return (images * levels).clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous().numpy()
+
+
+class Discriminator(nn.Sequential):
+    """Images (B, 3, S, S) in 0..1 -> a score (B,), higher for what looks real (hierarchical-latent appendix E). They are
+    blurred first (5 taps, sigma 1.5), which hides what every generated image has; the paper does not tell the network:
+    here four convolutions with stride 2."""
+
+    def __init__(self, width=32):
+        channels = [3, width, 2 * width, 4 * width, 8 * width]
+        super().__init__(*(layer for a, b in zip(channels, channels[1:]) for layer in (
+            nn.Conv2d(a, b, 4, 2, 1, bias=False), nn.BatchNorm2d(b), nn.LeakyReLU(0.2))),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels[-1], 1))
+        self.width = width
+        taps = torch.exp(-0.5 * (torch.arange(-2, 3) / 1.5) ** 2)
+        self.register_buffer('blur', (taps / taps.sum()).outer(taps / taps.sum()).expand(3, 1, 5, 5), persistent=False)
+        for name, value in zip(('mean', 'std'), NORMALIZATIONS['imagenet']):
+            self.register_buffer(name, torch.tensor(value).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, images):
+        blurred = F.conv2d(F.pad(images, [2] * 4, mode='reflect'), self.blur, groups=3)
+        return super().forward((blurred - self.mean) / self.std)[:, 0]
+
+
+def load_discriminator(path):
+    found = load_checkpoint(path)
+    try:
+        discriminator = Discriminator(found['width'])
+        discriminator.load_state_dict(found['discriminator'])
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise unreadable(path, error, 'train it again', 'a discriminator') from None
+    return discriminator.eval().requires_grad_(False)
 
 
 class _Shell:
@@ -279,7 +339,6 @@ PICKLED = [f'{module}.{name}' for module, names in {
 
 def save_walker(path, walker, **about):
     """about: what else to remember, plain values."""
-    from files import save_checkpoint
     kind = {'steering': True} if isinstance(walker, Steering) else {'relu': walker.relu, 'start': walker.start}
     save_checkpoint(path, {'walker': walker.state_dict(), 'width': walker.width, **kind, **about})
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from augment import (BLUR, FB, FC, FH, FLIPPED, FS, GRAYED, HEIGHT, LEFT, ORDER, ORDERS, RESIZE, SCALE_HI, SIGMA,
                      SIGMA_HI, SIZE, SOLARIZED, TOP, WIDTH, parameters, recipe_row, sources_of_views)
 from config import Fail
-from latents import LatentGenerator, Moves
+from latents import LatentPairs
 
 LUMA = torch.tensor([19595., 38470., 7471.]).view(1, 3, 1, 1) / 65536
 
@@ -108,17 +108,16 @@ class OnlinePairs:
 
     def __init__(self, spec, recipes, alpha, swap, *, size=None, batch_size, steps_per_epoch, seed, device, rank=0,
                  world=1):
-        self.generator = LatentGenerator(spec, device, size)
-        self.moves, self.alpha, self.seed = Moves(spec['chunks'], self.generator), alpha, seed
+        self.pairs, self.alpha, self.seed = LatentPairs(spec, seed, size, device), alpha, seed
         self.recipes = np.array([recipe_row(recipe, f'views[{k}]') for k, recipe in enumerate(recipes)])
         self.swap = {'random': -1, 'first': 0, 'second': 1}[swap]
         self.batch_size, self.batches, self.rank, self.world = batch_size, steps_per_epoch, rank, world
         samples = steps_per_epoch * batch_size * world
-        files = [spec['model'], *(move['walker'] for move in spec['chunks'].values() if move['walker'])]
+        files = [spec['model'], spec['discriminator'], *(move['walker'] for move in spec['chunks'].values())]
         self.sidecar = {'samples': samples, 'with_view': samples * bool(spec['chunks']),
-                        'crc32': [repr(spec), *map(_checksum, files)]}
+                        'crc32': [repr(spec), *map(_checksum, filter(None, files))]}
 
-        self.paths, side = [spec['model']], np.array([self.generator.size])
+        self.paths, side = [spec['model']], np.array([self.pairs.generator.size])
         self.metadata = {'f0': {'height': side, 'width': side}}  # for data.check_size
 
     def __len__(self):
@@ -132,17 +131,12 @@ class OnlinePairs:
     @torch.no_grad()
     def batch(self, indices):
         """Views of the samples `indices`: float (B, 3, S, S) in 0..255 on the device."""
-        generator, kept = self.generator, len(self.recipes)
-        z = generator.anchors(self.seed, indices)
-        moves = self.moves(z, self.seed, indices, 1)
-        codes = torch.cat([generator.code(z), generator.moved(z, moves)]) if moves else generator.code(z)
-        images = 255 * generator.images(codes).float()
-        anchors, positives = images.chunk(2) if moves else (images, images)
-        synthetic = sources_of_views(self.seed, indices, self.alpha, self.swap, kept)
+        anchors, positives = (255 * images.float() for images in self.pairs.images(indices))
+        synthetic = sources_of_views(self.seed, indices, self.alpha, self.swap, len(self.recipes))
         views = []
         for v, recipe in enumerate(self.recipes):
-            other = torch.as_tensor(synthetic == v % 2, device=images.device).view(-1, 1, 1, 1)
-            drawn = parameters(self.seed, 0, indices, v, recipe, *images.shape[2:])
+            other = torch.as_tensor(synthetic == v % 2, device=anchors.device).view(-1, 1, 1, 1)
+            drawn = parameters(self.seed, 0, indices, v, recipe, *anchors.shape[2:])
             view = augment(torch.where(other, positives, anchors), recipe, torch.from_numpy(drawn))
             views.append(view.contiguous(memory_format=torch.channels_last))
         count = torch.full((len(indices),), -1)

@@ -68,6 +68,7 @@ data:
     psi: 1.0
     crop: !int null
     size: !int null     # pixels: side of the generated images, resized to that; null: as the network makes them
+    discriminator: ''
     chunks: !each {std: 0.0, truncation: 2.0, walker: ''}
 
 image_size: 224         # pixels, side of a view

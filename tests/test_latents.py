@@ -34,7 +34,7 @@ def generator(folder):
 
 
 def spec(folder, **changes):
-    return {'kind': 'biggan', 'model': str(folder), 'truncation': 2.0, 'psi': 1.0, 'crop': None, **changes}
+    return {'kind': 'biggan', 'model': str(folder), 'truncation': 2.0, 'psi': 1.0, 'crop': None, 'discriminator': '', **changes}
 
 
 def move(**changes):
