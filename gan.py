@@ -1,18 +1,27 @@
-"""Networks of generators that no library has, reading the files they were published in.
+"""GAN generators that no library has, reading the files they were published in without running what these hold.
 
     generator = biggan('BigBiGAN_x1.pth')              # or a folder: config.json and model.safetensors
     image = generator(z)                               # (B, 120) -> (B, 3, 128, 128) in -1..1
+    generator = stylegan2('stylegan2-car-config-f.pkl')
+    image = generator.synthesis(generator.mapping(z)[:, None].expand(-1, generator.num_ws, -1))
 
 All are in eval mode with parameters frozen, and differentiable in their latents.
 """
+import io
+import math
+import pickle
+import re
+from collections import OrderedDict
+from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import nn
 
 from config import Fail
-from files import load_checkpoint, load_json
+from files import load_checkpoint, load_json, unreadable
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -147,3 +156,322 @@ def filled(path, make, state):
     except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
         raise Fail(f'{path}: does not fit its network: ' + ' '.join(str(error).split())[:200]) from None
     return network.eval().requires_grad_(False)
+
+
+# ---------------------------------------------------------------------------------------------------
+# StyleGAN2 (Karras et al. 2020), configs e and f, with the names of NVlabs/stylegan3
+
+def _filter():
+    """The low-pass filter (1, 3, 3, 1) / 8 in both directions."""
+    return torch.tensor([[1., 3., 3., 1.], [3., 9., 9., 3.], [3., 9., 9., 3.], [1., 3., 3., 1.]]) / 64
+
+
+class _Linear(nn.Module):
+    """Linear layer; its weight is stored as that in effect * sqrt(inputs) / multiplier, its bias / multiplier."""
+
+    def __init__(self, inputs, outputs, bias=0., multiplier=1.):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(outputs, inputs) / multiplier)
+        self.bias = nn.Parameter(torch.full((outputs,), bias))
+        self.multiplier = multiplier
+
+    def forward(self, x):
+        gain = self.multiplier / math.sqrt(self.weight.shape[1])
+        return F.linear(x, self.weight * gain, self.bias * self.multiplier)
+
+
+class _Mapping(nn.ModuleDict):
+    """z (B, z_dim) -> w (B, W). z is divided by its RMS first: its length has no effect."""
+
+    def __init__(self, widths):
+        super().__init__({f'fc{i}': _Linear(*pair, multiplier=0.01) for i, pair in enumerate(zip(widths, widths[1:]))})
+        self.register_buffer('w_avg', torch.zeros(widths[-1]))  # for truncation: w_avg + psi * (w - w_avg)
+
+    def forward(self, z):
+        x = z * (z.square().mean(1, keepdim=True) + 1e-8).rsqrt()
+        for layer in self.values():
+            x = F.leaky_relu(layer(x), 0.2) * math.sqrt(2)
+        return x
+
+
+class _Conv(nn.Module):
+    """Modulated 3x3 convolution, noise, bias, leaky ReLU; `up` doubles the resolution to `resolution`."""
+
+    def __init__(self, w_dim, inputs, outputs, resolution, up, clamp):
+        super().__init__()
+        self.affine = _Linear(w_dim, inputs, bias=1.)
+        self.weight = nn.Parameter(torch.randn(outputs, inputs, 3, 3))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+        self.noise_strength = nn.Parameter(torch.zeros(()))
+        self.register_buffer('noise_const', torch.randn(resolution, resolution))
+        self.register_buffer('resample_filter', _filter())  # used with `up` alone, but in every file
+        self.up, self.clamp = up, clamp
+
+    def forward(self, x, w):
+        style = self.affine(w)
+        x = x * style[:, :, None, None]  # the same as to scale the weight, of which all samples then share one
+        if self.up:
+            x = F.conv_transpose2d(x, self.weight.transpose(0, 1), stride=2)
+            kernel = 4 * self.resample_filter.flip((0, 1)).expand(x.shape[1], 1, 4, 4)
+            x = F.conv2d(x, kernel, padding=1, groups=x.shape[1])
+        else:
+            x = F.conv2d(x, self.weight, padding=1)
+        norm = (style.square() @ self.weight.square().sum((2, 3)).T + 1e-8).rsqrt()
+        x = x * norm[:, :, None, None] + self.noise_const * self.noise_strength + self.bias[:, None, None]
+        x = F.leaky_relu(x, 0.2) * math.sqrt(2)
+        return x.clamp(-self.clamp, self.clamp) if self.clamp else x
+
+
+class _ToRGB(nn.Module):
+    """Modulated 1x1 convolution to colours, without demodulation."""
+
+    def __init__(self, w_dim, inputs, clamp):
+        super().__init__()
+        self.affine = _Linear(w_dim, inputs, bias=1.)
+        self.weight = nn.Parameter(torch.randn(3, inputs, 1, 1))
+        self.bias = nn.Parameter(torch.zeros(3))
+        self.clamp = clamp
+
+    def forward(self, x, w):
+        style = self.affine(w) / math.sqrt(self.weight.shape[1])
+        x = F.conv2d(x * style[:, :, None, None], self.weight, self.bias)
+        return x.clamp(-self.clamp, self.clamp) if self.clamp else x
+
+
+class _Block(nn.Module):
+    """One resolution: the first starts from a constant, each other from the block before, and their colours add up."""
+
+    def __init__(self, w_dim, inputs, outputs, resolution, clamp):
+        super().__init__()
+        self.register_buffer('resample_filter', _filter())
+        if inputs is None:
+            self.const = nn.Parameter(torch.randn(outputs, 4, 4))
+        else:
+            self.conv0 = _Conv(w_dim, inputs, outputs, resolution, True, clamp)
+        self.conv1 = _Conv(w_dim, outputs, outputs, resolution, False, clamp)
+        self.torgb = _ToRGB(w_dim, outputs, clamp)
+
+    def forward(self, x, image, ws):
+        if x is None:
+            x, image = self.const.expand(len(ws), -1, -1, -1), 0
+        else:
+            kernel = 4 * self.resample_filter.expand(3, 1, 4, 4)
+            image = F.conv_transpose2d(image, kernel, stride=2, padding=1, groups=3)
+            x = self.conv0(x, ws[:, -3])
+        x = self.conv1(x, ws[:, -2])
+        return x, image + self.torgb(x, ws[:, -1])
+
+
+class _Synthesis(nn.ModuleDict):
+    """ws (B, num_ws, W) -> images (B, 3, R, R). The colours of a block share their w with the next block's conv0."""
+
+    def __init__(self, w_dim, channels, clamp):
+        super().__init__({f'b{4 << i}': _Block(w_dim, inputs, outputs, 4 << i, clamp)
+                          for i, (inputs, outputs) in enumerate(zip([None, *channels], channels))})
+        self.shape = 2 * len(channels), w_dim
+
+    def forward(self, ws):
+        if ws.shape[1:] != self.shape:
+            raise ValueError(f'ws: {tuple(ws.shape)} is not (B, {self.shape[0]}, {self.shape[1]})')
+        x = image = None
+        for i, block in enumerate(self.values()):
+            x, image = block(x, image, ws[:, :2 * i + 2])
+        return image
+
+
+class StyleGAN2(nn.Module):
+    """StyleGAN2 generator: `mapping`, z (B, z_dim) -> w (B, W), and `synthesis`, ws (B, num_ws, W) -> images
+    (B, 3, R, R) of about -1..1. Both are differentiable; the noise is the stored one ('const'): nothing is random.
+
+    widths: z_dim and the outputs of the mapping's layers, W the last. channels: of the blocks of 4, 8, 16, ... pixels.
+    clamp: bound of activations and colours, where the network was trained with one. Starts from random weights.
+    Attributes: z_dim, num_ws, resolution R (pixels). Call it in fp32, outside of autocast.
+
+    Source: NVlabs/stylegan3, training/networks_stylegan2.py, whose state dict has the same entries."""
+
+    def __init__(self, widths, channels, clamp=None):
+        super().__init__()
+        self.mapping, self.synthesis = _Mapping(widths), _Synthesis(widths[-1], channels, clamp)
+        self.z_dim, self.num_ws, self.resolution = widths[0], 2 * len(channels), 2 << len(channels)
+
+
+# Pickles of networks, read into containers of our own: their code does not run, nor do numpy's constructors
+
+class _Shell(dict):
+    """Keeps the items and the state of an object."""
+
+    def __setstate__(self, state):
+        self.update(state)
+
+
+class _Dtype:
+    def __init__(self, code, *_):
+        self.code = re.fullmatch('[biuf][1248]', code) and code  # arrays of other than numbers get no value
+
+    def __setstate__(self, state):
+        self.code = self.code and state[1] + self.code
+
+
+class _Array:
+    """numpy's array or scalar; its numbers are in `value`."""
+
+    def __init__(self, dtype=None, data=None):
+        if dtype:
+            self.__setstate__((1, (), dtype, False, data))
+
+    def __setstate__(self, state):
+        _, shape, dtype, fortran, data = state
+        if dtype.code:
+            self.value = np.frombuffer(data, dtype.code).reshape(shape, order='F' if fortran else 'C')
+
+
+PICKLED = {  # all that the pickle of a network may name
+    'builtins.set': set, 'collections.OrderedDict': OrderedDict, 'numpy.ndarray': None, 'numpy.dtype': _Dtype,
+    **{f'numpy.{core}.multiarray.{name}': make for core in ('core', '_core')
+       for name, make in (('_reconstruct', lambda *_: _Array()), ('scalar', _Array))},
+    'dnnlib.util.EasyDict': _Shell, 'dnnlib.tflib.network.Network': _Shell,
+    'torch_utils.persistence._reconstruct_persistent_obj': lambda meta: meta['state'],  # beside it: source code
+    'torch._utils._rebuild_parameter': lambda value, *_: value,
+    'torch._utils._rebuild_tensor_v2': lambda *args: torch._utils._rebuild_tensor(*args[:4]),
+    'torch.storage._load_from_bytes': lambda data: torch.load(io.BytesIO(data), map_location='cpu', weights_only=True)}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module, name):
+        if f'{module}.{name}' not in PICKLED:
+            raise pickle.UnpicklingError(f'GLOBAL {module}.{name}')
+        return PICKLED[f'{module}.{name}']
+
+
+def _torch_tensors(net, prefix=''):
+    """{name: tensor} of a torch module as it was pickled."""
+    found = {prefix + name: value for kind in ('_parameters', '_buffers') for name, value in net[kind].items()}
+    for name, part in net['_modules'].items():
+        found |= _torch_tensors(part, f'{prefix}{name}.')
+    return found
+
+
+def _tf_arrays(net, prefix=''):
+    """{name: array} of a TensorFlow network as it was pickled."""
+    found = {prefix + name: np.float32(value.value) for name, value in net['variables'] if name != 'lod'}
+    for name, part in net['components'].items():
+        found |= _tf_arrays(part, f'{prefix}{name}/')
+    return found
+
+
+# From the names of others to those of NVlabs/stylegan3. Convolutions count from 4 px on, two a resolution but there.
+_conv = lambda n: f'synthesis.b{4 << (n + 1) // 2}.conv{(n + 1) % 2}'
+ROSINALITY = (
+    (r'^style\.(\d+)', lambda m: f'mapping.fc{int(m[1]) - 1}'), (r'^input\.input$', 'synthesis.b4.const'),
+    (r'^conv1\.', 'synthesis.b4.conv1.'), (r'^convs\.(\d\d?)\.', lambda m: f'{_conv(int(m[1]) + 1)}.'),
+    (r'^to_rgb1\.', 'synthesis.b4.torgb.'), (r'^to_rgbs\.(\d)\.', lambda m: f'synthesis.b{8 << int(m[1])}.torgb.'),
+    (r'^noises\.noise_(\d\d?)$', lambda m: f'{_conv(int(m[1]))}.noise_const'), (r'\.conv\.modulation\.', '.affine.'),
+    (r'\.conv\.weight$', '.weight'), (r'\.noise\.weight$', '.noise_strength'), (r'\.activate\.bias$', '.bias'),
+    (r'(\.conv\.blur|\.torgb\.upsample)\.kernel$', '.resample_filter'), ('^latent_avg$', 'mapping.w_avg'))
+TENSORFLOW = (
+    (r'^dlatent_avg$', 'mapping.w_avg'), (r'^mapping/Dense(\d+)/', r'mapping.fc\1.'),
+    (r'^synthesis/noise(\d\d?)$', lambda m: f'{_conv(int(m[1]))}.noise_const'),
+    (r'^synthesis/(\d+)x\1/', r'synthesis.b\1.'), (r'\.Const/const$', '.const'), (r'\.Conv0_up/', '.conv0.'),
+    (r'\.Conv1?/', '.conv1.'), (r'\.ToRGB/', '.torgb.'), (r'\.mod_', '.affine.'))
+TORCH_MAGIC = bytes.fromhex('8a0a6cfc9c46f9206aa850192e')  # with which torch.save began before it wrote zip archives
+
+
+def _renamed(entries, rules):
+    found = {}
+    for name, value in entries.items():
+        for pattern, new in rules:
+            name = re.sub(pattern, new, name)
+        found[name] = value
+    return found
+
+
+def _from_tf(name, value):
+    """A TensorFlow array, under its new name, as a tensor of our layout (NVlabs/stylegan3, legacy.py)."""
+    if name.endswith('.weight'):
+        value = value[::-1, ::-1] if name.endswith('conv0.weight') else value
+        value = value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
+    return torch.from_numpy(np.array(value + 1 if name.endswith('affine.bias') else value))
+
+
+def _pickled(path):
+    """What `_read` returns, of a pickle of NVlabs."""
+    try:
+        with open(path, 'rb') as file:
+            content = _Unpickler(file).load()
+    except Exception as error:
+        names = re.findall(r'GLOBAL (\S+)', str(error))
+        if names:
+            raise Fail(f'{path}: holds objects of {names[0][:100]}, whose code would have to run to read it: load it '
+                       'where you trust it and save the state_dict of G_ema alone') from None
+        raise unreadable(path, error, what='the pickle of a network') from None
+    if isinstance(content, tuple):  # of TensorFlow: generator, discriminator, mean generator
+        state, settings = _renamed(_tf_arrays(content[2]), TENSORFLOW), content[2]['static_kwargs']
+        state = {name: _from_tf(name, value) for name, value in state.items()}
+    else:
+        mapping, synthesis = (content['G_ema']['_modules'][name]['_modules'] for name in ('mapping', 'synthesis'))
+        dense, conv = mapping['fc0'], synthesis['b4']['_modules']['conv1']
+        state, settings = _torch_tensors(content['G_ema']), {
+            'mapping_nonlinearity': dense['activation'], 'mapping_lrmul': dense['bias_gain'],
+            'nonlinearity': conv['activation'], 'conv_clamp': conv['conv_clamp']}
+    for name, ours in (('mapping_nonlinearity', 'lrelu'), ('nonlinearity', 'lrelu'), ('mapping_lrmul', 0.01),
+                       ('resample_kernel', [1, 3, 3, 1])):  # what no shape tells
+        if settings.get(name, ours) != ours:
+            raise Fail(f'{path}: a StyleGAN2 with {name} {str(settings[name])[:60]}, where only {ours} is known')
+    return state, settings.get('conv_clamp')
+
+
+def _read(path):
+    """{NVlabs' name: tensor} of a file, and its clamp, which pickles alone tell."""
+    head = b''
+    with suppress(OSError), open(path, 'rb') as file:
+        head = file.read(32)
+    if head[:1] == b'\x80' and TORCH_MAGIC not in head and Path(path).suffix != '.safetensors':
+        return _pickled(path)
+    content = load_checkpoint(path)
+    if 'g_ema' in content:
+        state = _renamed({**content['g_ema'], 'latent_avg': content.get('latent_avg')}, ROSINALITY)
+        content = {k: v / 4 if k.endswith('_filter') else v for k, v in state.items()}  # with the gain of up-sampling
+    return {k: v for k, v in content.items() if torch.is_tensor(v)}, None
+
+
+def _listed(names):
+    return ', '.join(sorted(names)[:6])[:400] + (f', ... ({len(names)})' if len(names) > 6 else '')
+
+
+def stylegan2(path):
+    """The generator in a file: a StyleGAN2 in evaluation mode whose parameters need no gradient. Shapes decide on
+    resolution, channels and widths. The layout is known by its content:
+
+    - rosinality/stylegan2-pytorch: {'g_ema': ..., 'latent_avg': ...} of torch.save;
+    - the flat state dict of NVlabs' generator (`mapping.*`, `synthesis.*`), of torch.save or in a .safetensors;
+    - NVlabs' .pkl, of stylegan3, stylegan2-ada-pytorch or TensorFlow, of which the mean generator (G_ema) is taken.
+
+    Nothing in a file is run. Pickles tell their clamp; state dicts do not and get none.
+    Raises Fail for what cannot be read, objects that would have to run, missing or unexpected entries, other shapes."""
+    try:
+        state, clamp = _read(path)
+        last = max(int(m[1]) for m in (re.match(r'synthesis\.b(\d{1,4})\.', k) for k in state) if m)
+        blocks, depth = last.bit_length() - 2, sum(bool(re.fullmatch(r'mapping\.fc\d+\.weight', k)) for k in state)
+        size = lambda key, axis: (0, 0, 0, 0, *state[key].shape)[axis] if key in state else 0
+        with torch.device('meta'):
+            model = StyleGAN2(
+                [size('mapping.fc0.weight', -1), *(size(f'mapping.fc{i}.weight', -2) for i in range(depth))],
+                [size(f'synthesis.b{4 << i}.conv1.weight', -4) for i in range(blocks)], clamp and float(clamp))
+    except Fail:
+        raise
+    except Exception:
+        raise Fail(f"{path}: holds no StyleGAN2 of a known layout (rosinality's, or NVlabs' state dict or pickle)"
+                   ) from None
+    expected, one = model.state_dict(), lambda shape: [n for n in shape if n != 1]  # layouts differ in axes of size 1
+    state = {k: _filter() for k in expected if k.endswith('_filter')} | state
+    missing, unexpected = expected.keys() - state.keys(), state.keys() - expected.keys()
+    shapes = [f'{k} {tuple(v.shape)} {v.dtype} for {tuple(expected[k].shape)}' for k, v in state.items()
+              if not missing and k in expected and not (one(v.shape) == one(expected[k].shape) and v.numel()
+              and v.is_floating_point() and v.layout is torch.strided and not v.is_meta)]
+    problems = [f'{what} {_listed(keys)}' for what, keys in (
+        ('missing', missing), ('unexpected', unexpected), ('of another shape', shapes)) if keys]
+    if problems:
+        raise Fail(f"{path}: no StyleGAN2 of {model.resolution} px: {'; '.join(problems)} (NVlabs' names)")
+    model.load_state_dict({k: state[k].detach().float().reshape(v.shape).contiguous() for k, v in expected.items()},
+                          assign=True)
+    return model.eval().requires_grad_(False)

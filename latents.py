@@ -128,7 +128,7 @@ class _StyleGAN2:
 
     def code(self, z):
         average = self.network.mapping.w_avg
-        w = average + self.psi * (self.network.map(z) - average)
+        w = average + self.psi * (self.network.mapping(z) - average)
         return w[:, None].expand(-1, self.network.num_ws, -1)
 
     def moved(self, z, moves):
@@ -140,7 +140,7 @@ class _StyleGAN2:
         return torch.stack(rows, 1)
 
     def synthesise(self, code):
-        return (self.network.synthesise(code) * 127.5 + 128) / 255
+        return (self.network.synthesis(code) * 127.5 + 128) / 255
 
     def distances(self, code, other):
         parts = (other - code).split([b - a for a, b in zip(self.edges, self.edges[1:])], 1)
