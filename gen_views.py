@@ -76,7 +76,8 @@ generator:
   compile: false          # torch.compile of the UNet: the first batch takes minutes, the others less
 latent:                   # of strategy latent; takes the place of dataset, proportions and generator
   kind: biggan            # biggan (BigBiGAN, tiny/gan) | stylegan2
-  model: ''               # BigBiGAN_x1.pth, the folder of an embedded one, or a StyleGAN2 file (.pt, .pkl, .safetensors)
+  model: ''               # BigBiGAN_x1.pth, a folder (config.json, model.safetensors), or a StyleGAN2 file (.pt, .pkl,
+                          # .safetensors)
   anchors: 1300000        # how many
   truncation: 2.0         # anchors are standard normal, cut off here; 0: not cut off
   psi: 1.0                # StyleGAN2's truncation in W
@@ -203,7 +204,8 @@ def main(config):
         log.write(f'{beton} is complete')
         return
     if not elsewhere:
-        views = StoredViews(output / 'views', config['chunk_size'], view_names(per_index(config), config['view_format']))
+        names = view_names(per_index(config), config['view_format'])
+        views = StoredViews(output / 'views', config['chunk_size'], names)
     try:
         if not latent:
             identities = source.identities(range(len(source)))
@@ -493,7 +495,7 @@ def pack(config, beton, source, levels, views, settings, log, stop):
 
     readable = list(range(len(source)))
     latent = config['strategy'] == 'latent'
-    if not latent and ((levels < 0).any() or not config['proportions']):  # only then can there be images that do not open
+    if not latent and ((levels < 0).any() or not config['proportions']):  # only then may some not open
         with ThreadPoolExecutor(config['num_workers']) as pool:
             opens = pool.map(lambda i: not stop and opened(source, i) is not None, readable)
             readable = [i for i, good in zip(readable, tqdm(opens, 'readable?', len(readable), disable=None)) if good]

@@ -292,9 +292,9 @@ class LatentPairs:
 
 
 class Discriminator(nn.Sequential):
-    """Images (B, 3, S, S) in 0..1 -> a score (B,), higher for what looks real (hierarchical-latent appendix E). They are
-    blurred first (5 taps, sigma 1.5), which hides what every generated image has; the paper does not tell the network:
-    here four convolutions with stride 2."""
+    """Images (B, 3, S, S) in 0..1 -> a score (B,), higher for what looks real (hierarchical-latent appendix E). They
+    are blurred first (5 taps, sigma 1.5), which hides what every generated image has. The paper does not tell the
+    network: here four convolutions with stride 2."""
 
     def __init__(self, width=32):
         channels = [3, width, 2 * width, 4 * width, 8 * width]
@@ -344,8 +344,8 @@ def save_walker(path, walker, **about):
 
 
 def load_walker(path):
-    """A Walker or Steering, frozen, from a file of train_walker.py or one of COP-Gen's or hierarchical-latent's. None of
-    the code that these name is run. Raises Fail."""
+    """A Walker or Steering, frozen, from a file of train_walker.py or one of COP-Gen's or hierarchical-latent's. None
+    of the code that these name is run. Raises Fail."""
     with torch.serialization.safe_globals([(_Shell, name) for name in PICKLED]):
         found = load_checkpoint(path)
     try:

@@ -99,8 +99,8 @@ def _blur(x, sigma, most):
 class OnlinePairs:
     """Batches of views of pairs that a GAN makes, with the interface of data.PairLoader.
 
-    spec: `latent` of gen_views.py (anchors is not looked at). recipes, alpha, swap: as PairLoader's. size: pixels a side
-    of the generated images, None: as the network makes them. batch_size: pairs of this process and step.
+    spec: `latent` of gen_views.py (anchors is not looked at). recipes, alpha, swap: as PairLoader's. size: pixels a
+    side of the generated images, None: as the network makes them. batch_size: pairs of this process and step.
 
     Sample k of the run is a function of (seed, k) alone, and step b of all processes takes the samples b G to
     (b + 1) G - 1, G = batch_size x world: a resumed run goes on exactly, whatever the number of processes, and no two

@@ -60,7 +60,7 @@ data:
   alpha: 1.0            # probability that one view of a pair comes from the synthetic image (GenView Table 8)
   swap: random          # which one: random (per sample and epoch, as the official code) | first (query) | second (key)
   num_workers: 8        # threads per process that decode and augment
-  online:               # instead of a beton: a GAN makes the pairs on the training device (hierarchical-latent sec. 4.1)
+  online:               # instead of a beton: a GAN makes the pairs on the training device (hierarchical-latent 4.1)
     images_per_epoch: 0 # > 0: online, with this many anchors an epoch, never the same twice; ImageNet has 1281167
     kind: biggan        # this and what follows: see gen_views.py
     model: ''
@@ -196,7 +196,8 @@ BLOCKS = {name: 'moco' if name == 'mocov2' else name for name in METHODS}  # a m
 EVER = 10 ** 9
 ALLOWED = {
     'output': 'folder', 'beton': 'file', 'images_per_epoch': (0, 10 ** 10), 'kind': ['biggan', 'stylegan2'],
-    'truncation': (0.0, 100.0), 'psi': (0.0, 1.0), 'crop': (1, 8192), 'std': (0.0, 100.0), 'method': list(METHODS), 'alpha': (0.0, 1.0),
+    'truncation': (0.0, 100.0), 'psi': (0.0, 1.0), 'crop': (1, 8192), 'std': (0.0, 100.0),
+    'method': list(METHODS), 'alpha': (0.0, 1.0),
     'swap': ['random', 'first', 'second'], 'seed': (0, 10 ** 12), 'num_workers': (1, 1024), 'image_size': (8, 1024),
     'size': (8, 1024), 'count': (0, 100),
     'arch': [*RESNETS, *VITS], 'stem': ['imagenet', 'cifar'], 'width': (8, 1024), 'patch_size': (1, 1024),

@@ -7,7 +7,6 @@ Reads real images from a beton (gen_views.py, strategy: none) and writes `output
 latent.discriminator of gen_views.py and data.online.discriminator of pretrain.py; beside it checkpoint.pt, log.jsonl,
 config.yaml, versions.json and scores.png. The same command again resumes; on a CPU to the bit.
 """
-import sys
 from contextlib import closing
 
 import torch
@@ -83,7 +82,8 @@ def main(config):
     def generated(first):
         start = first * batch + processes.rank * (batch // world)
         with torch.no_grad():
-            return generator.images(generator.code(generator.anchors(config['seed'], range(start, start + batch // world))))
+            z = generator.anchors(config['seed'], range(start, start + batch // world))
+            return generator.images(generator.code(z))
 
     figures, leave = [], False
     with tqdm(total=last, initial=step, unit='step', disable=None if processes.main else True) as bar:
@@ -108,8 +108,8 @@ def main(config):
                         value, right = (global_mean(v) for v in torch.stack(figures).mean(0))
                         if not torch.isfinite(torch.tensor(value)):
                             raise Fail(f'step {step}: the loss is not finite; lower lr')
-                        log.write(f'step {step}/{last}  loss {value:.4f}  told apart {right:.1%}' if bar.disable else None,
-                                  step=step, loss=value, accuracy=right)
+                        text = f'step {step}/{last}  loss {value:.4f}  told apart {right:.1%}'
+                        log.write(text if bar.disable else None, step=step, loss=value, accuracy=right)
                         figures = []
                     leave = processes.any(stop) and step < last
                     if leave or step % config['save_every'] == 0 or step == last:
@@ -125,7 +125,8 @@ def main(config):
         save_checkpoint(result, {'discriminator': discriminator.state_dict(), 'width': config['width']})
         discriminator.eval()
         with torch.no_grad():
-            scores = {name: discriminator(images).cpu().numpy() for name, images in (('real', real), ('generated', fake))}
+            scores = {name: discriminator(images).cpu().numpy()
+                      for name, images in (('real', real), ('generated', fake))}
         histograms(folder / 'scores.png', [('score', 'images of the last batch', scores, None)])
         log.write(f'done: {result}')
     log.close()

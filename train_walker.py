@@ -16,8 +16,6 @@ config.yaml, versions.json, pairs_*.png, and with monte_carlo distances.json and
 The same command again resumes; on a CPU to the bit. Sample k of a run depends on (seed, k) alone; estimator and loss
 are of the global batch (COP-Gen: one per GPU), so the number of processes changes nothing but rounding.
 """
-import json
-import sys
 
 import numpy as np
 import torch
@@ -28,7 +26,7 @@ from tqdm import tqdm
 
 from augment import parameters, recipe_row
 from checkpoints import NORMALIZATIONS, normalization
-from common import Log, Processes, StopSignal, earlier, run, say, seed_everything
+from common import Log, Processes, StopSignal, earlier, run, seed_everything
 from config import Fail, check_values, run_folder
 from files import save_checkpoint, save_json
 from latents import LatentGenerator, Steering, Walker, chunk_range, load_walker, save_walker, uniform
@@ -224,8 +222,8 @@ class Game:
         grid(path, [((), [('', pair) for pair in zip(anchors, positives)])], columns=SHOWN)
 
     def distances(self, count):
-        """Euclidean distance of anchor and positive within each chunk that moves, {chunk: (count,)}: hierarchical-latent
-        Table 1 (StyleGAN2: over the rows of W)."""
+        """Euclidean distance of anchor and positive within each chunk that moves, {chunk: (count,)}:
+        hierarchical-latent Table 1 (StyleGAN2: over the rows of W)."""
         found = []
         for start in range(0, count, BLOCK):
             anchors, positives = self.pairs(range(start, min(start + BLOCK, count)))
@@ -244,9 +242,11 @@ def measure(game, folder, count, log):
     table = {str(k): {'mean': float(v.mean()), 'std': float(v.std()), 'median': float(np.median(v))}
              for k, v in distances.items()}
     save_json(folder / 'distances.json', {'anchors': count, 'chunks': table})
-    histograms(folder / 'distances.png', [('distance', 'anchors', {f'chunk {k}': v for k, v in distances.items()}, None)])
+    curves = {f'chunk {k}': v for k, v in distances.items()}
+    histograms(folder / 'distances.png', [('distance', 'anchors', curves, None)])
     for k, row in table.items():
-        log.write(f"chunk {k}: distance {row['mean']:.3f} +- {row['std']:.3f}, median {row['median']:.3f} ({count} anchors)")
+        log.write(f"chunk {k}: distance {row['mean']:.3f} +- {row['std']:.3f}, median {row['median']:.3f} "
+                  f'({count} anchors)')
 
 
 def main(config):
@@ -257,7 +257,8 @@ def main(config):
         raise Fail(f'batch_size: {batch} (of all processes) is not a multiple of the {world} processes')
     folder, last = run_folder(config['output']), config['samples'] // batch
     checkpoint, result = folder / 'checkpoint.pt', folder / 'walker.pt'
-    saved = earlier(checkpoint, config, BOOKKEEPING, needs=('walker', 'estimator', 'walks', 'estimates', 'step', 'done'))
+    saved = earlier(checkpoint, config, BOOKKEEPING, needs=('walker', 'estimator', 'walks', 'estimates', 'step',
+                                                            'done'))
     seed_everything(config['seed'])
     game = Game(config, processes)
     step, lowest = (saved['step'], saved['lowest']) if saved else (0, None)
@@ -275,7 +276,8 @@ def main(config):
 
     def save(done):
         if processes.main:
-            save_checkpoint(checkpoint, {**game.state(), 'step': step, 'lowest': lowest, 'done': done, 'config': config})
+            save_checkpoint(checkpoint, {**game.state(), 'step': step, 'lowest': lowest, 'done': done,
+                                         'config': config})
         processes.barrier()
 
     with tqdm(total=last, initial=step, unit='step', disable=None if processes.main else True) as bar:
@@ -294,7 +296,8 @@ def main(config):
                           f'{in_words(figures, before)}' if bar.disable else None, **line)
                 losses, lowest = [], min(loss, loss if lowest is None else lowest)
                 if config['stop_loss'] and step * batch >= config['stop_after'] and lowest < config['stop_loss'] < loss:
-                    done, reason = True, f" after {step * batch} anchors: the loss is back at {config['stop_loss']} nats"
+                    done, reason = True, f" after {step * batch} anchors: the loss is back at {config['stop_loss']} " \
+                        'nats'
             if processes.main and step * batch // config['grid_every'] > (step - 1) * batch // config['grid_every']:
                 game.draw(folder / f'pairs_{step * batch:08d}.png')
             leave = processes.any(stop) and step < last and not done

@@ -4,9 +4,9 @@ torchvision's transforms, from our PairLoader on a beton, and from a GAN on the 
     python benchmarks/online.py                          # GPU: BigBiGAN's network, random weights; CPU: a small one
     python benchmarks/online.py model=BigBiGAN_x1.pth images=126789 batch_size=256
 
-As in the paper only anchors are drawn, no positives: one image and two crops of it, an epoch is `images` samples, and the
-training step counts. The last line is one JSON object: seconds per epoch of each, median over the rounds, and watt-hours
-where the device tells (NVIDIA's counter, else Intel's RAPL); what the papers add up for their GPUs is not estimated.
+As in the paper only anchors are drawn, no positives: one image and two crops of it, an epoch is `images` samples, and
+the training step counts. The last line is one JSON object: seconds per epoch of each, median over the rounds, and
+watt-hours where the device tells (NVIDIA's counter, else Intel's RAPL).
 """
 import json
 import statistics
@@ -40,7 +40,7 @@ def energy():
             pynvml.nvmlInit()
             return pynvml.nvmlDeviceGetTotalEnergyConsumption(pynvml.nvmlDeviceGetHandleByIndex(0)) / 1e3
         return sum(int(p.read_text()) for p in Path('/sys/class/powercap').glob('intel-rapl:?/energy_uj')) / 1e6 or None
-    except (ImportError, OSError, Exception):            # a driver that does not tell
+    except Exception:                                    # a driver that does not tell
         return None
 
 
@@ -65,7 +65,8 @@ def main():
     size, batch = options['size'], options['batch_size']
     side = 128 if CUDA else 32
     images = options['images'] or (16384 if CUDA else 1024)
-    recipe = dict(size=size, crop_scale=[0.2, 1.0], flip=0.5, jitter=[0.4, 0.4, 0.4, 0.1], jitter_prob=0.8, gray_prob=0.2)
+    recipe = dict(size=size, crop_scale=[0.2, 1.0], flip=0.5, jitter=[0.4, 0.4, 0.4, 0.1], jitter_prob=0.8,
+                  gray_prob=0.2)
     torch.manual_seed(0)
     method = SimCLR({'arch': options['arch'], 'stem': 'imagenet', 'width': options['width']}, norm=False).to(device)
     optimizer = torch.optim.Adam(method.parameters(), 1e-4, betas=(0.5, 0.999))
@@ -91,8 +92,8 @@ def main():
             (Path(folder) / 'config.json').write_text(json.dumps(config))
             save_file(gan.BigGAN(**config).state_dict(), Path(folder) / 'model.safetensors')
         spec = dict(kind='biggan', model=model, truncation=2.0, psi=1.0, crop=None, discriminator='', chunks={})
-        online = OnlinePairs(spec, [recipe] * 2, 0.0, 'first', batch_size=batch, steps_per_epoch=images // batch, seed=0,
-                             device=device)
+        online = OnlinePairs(spec, [recipe] * 2, 0.0, 'first', batch_size=batch, steps_per_epoch=images // batch,
+                             seed=0, device=device)
         rng, few = np.random.default_rng(0), min(images, 2048)
         pictures = [np.asarray(Image.fromarray(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8)).resize((side, side)))
                     for _ in range(few)]
@@ -105,9 +106,9 @@ def main():
             stored = [f'{folder}/{i}.jpg' for i in range(few)]
             for name, picture in zip(stored, pictures):
                 Image.fromarray(picture).save(name, quality=90)
-        theirs = torch.utils.data.DataLoader(Crops([stored[i % few] for i in range(images)], recipe), batch, shuffle=True,
-                                             drop_last=True, num_workers=options['workers'], persistent_workers=True,
-                                             pin_memory=CUDA)
+        theirs = torch.utils.data.DataLoader(Crops([stored[i % few] for i in range(images)], recipe), batch,
+                                             shuffle=True, drop_last=True, num_workers=options['workers'],
+                                             persistent_workers=True, pin_memory=CUDA)
         sources = {'torch': lambda e: theirs, 'ours': ours.epoch, 'online': online.epoch}
         for make in sources.values():                    # start workers, compile kernels
             epoch(make(0))

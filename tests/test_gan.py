@@ -457,8 +457,8 @@ def test_bigbigan_has_the_published_layout():
     with torch.device('meta'):
         network = gan.BigGAN(**gan.BIGBIGAN)
     ours = {name: tuple(value.shape) for name, value in network.state_dict().items()}
-    assert ours == {name: shape for name, shape in layout.items() if not name.endswith(('u0', 'sv0', 'shared.weight'))} \
-        | {'shared': (128,)}
+    assert ours == {'shared': (128,)} | {
+        name: shape for name, shape in layout.items() if not name.endswith(('u0', 'sv0', 'shared.weight'))}
     assert (network.chunks, network.chunk, network.resolution) == (6, 20, 128)
 
 
@@ -502,8 +502,8 @@ def test_folders_of_embedded_gans(tmp_path):
     folder = small_gan(tmp_path / 'gan')
     assert gan.biggan(folder)(torch.randn(2, 48)).shape == (2, 3, 32, 32)
     config = (folder / 'config.json').read_text()
-    for text, message in (('{"widths": 3}', 'does not fit its network'), ('{}', 'does not fit'), ('[', 'config.json: is no'),
-                          (config.replace('"chunk": 8', '"chunk": 9'), 'does not fit its network')):
+    for text, message in (('{"widths": 3}', 'does not fit its network'), ('{}', 'does not fit'),
+                          ('[', 'config.json: is no'), (config.replace('"chunk": 8', '"chunk": 9'), 'does not fit its network')):
         (folder / 'config.json').write_text(text)
         with pytest.raises(Fail, match=message):
             gan.biggan(folder)

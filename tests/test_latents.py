@@ -34,7 +34,8 @@ def generator(folder):
 
 
 def spec(folder, **changes):
-    return {'kind': 'biggan', 'model': str(folder), 'truncation': 2.0, 'psi': 1.0, 'crop': None, 'discriminator': '', **changes}
+    return {'kind': 'biggan', 'model': str(folder), 'truncation': 2.0, 'psi': 1.0, 'crop': None, 'discriminator': '',
+            **changes}
 
 
 def move(**changes):
@@ -179,7 +180,8 @@ def test_files_that_are_no_walkers(tmp_path):
     with pytest.raises(Fail, match='w.pt: holds objects of builtins.exec, whose code would have to run'):
         load_walker(path)
     for content in ({'walker': {}, 'width': 4, 'relu': True}, {'model': 1}, [1], {'nn_walker': torch.zeros(3)},
-                    {'walker': {k: v * torch.nan for k, v in Walker(4).state_dict().items()}, 'width': 4, 'relu': True}):
+                    {'walker': {k: v * torch.nan for k, v in Walker(4).state_dict().items()}, 'width': 4,
+                     'relu': True}):
         torch.save(content, path)
         with pytest.raises(Fail, match='w.pt: cannot be read as a walker'):
             load_walker(path)

@@ -38,7 +38,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize('recipe, close, most', [
-    (CROP, 0.5, 1.01), (dict(size=24, crop_scale=None, resize=28), 0.5, 1.01), (dict(size=60, crop_scale=None), 0.5, 1.01),
+    (CROP, 0.5, 1.01), (dict(size=24, crop_scale=None, resize=28), 0.5, 1.01),
+    (dict(size=60, crop_scale=None), 0.5, 1.01),
     ({**CROP, 'flip': 0.5}, 0.5, 1.01), ({**CROP, 'gray_prob': 0.5}, 0.6, 1.6),
     ({**CROP, 'jitter': [0.4, 0, 0, 0], 'jitter_prob': 0.8}, 0.7, 2.6),
     ({**CROP, 'jitter': [0, 0.4, 0, 0], 'jitter_prob': 0.8}, 0.7, 2.6),
@@ -54,7 +55,8 @@ def test_views_are_the_loaders(images, beton, recipe, close, most):
     found = augment(torch.from_numpy(images).permute(0, 3, 1, 2).float(), row, drawn)
     difference = (found - expected).abs()
     assert difference.mean() < close and difference.max() < most
-    assert (found.mean((0, 2, 3)) - expected.mean((0, 2, 3))).abs().max() < 1.3          # a truncated blend costs half a level
+    # a truncated blend costs half a level
+    assert (found.mean((0, 2, 3)) - expected.mean((0, 2, 3))).abs().max() < 1.3
     assert (found.std((0, 2, 3)) - expected.std((0, 2, 3))).abs().max() < 0.8
     shuffled = augment(torch.from_numpy(images).permute(0, 3, 1, 2).float(), row, drawn.roll(1, 0))
     assert (shuffled - expected).abs().mean() > 3 * difference.mean() or recipe.get('crop_scale') is None
@@ -75,7 +77,7 @@ def test_gradient_reaches_the_image():
     """Through all operations but solarize, as numerical differences say."""
     torch.manual_seed(0)
     image = (torch.rand(3, 3, 10, 12, dtype=torch.float64) * 120 + 60).requires_grad_()
-    row = np.array(recipe_row({**FULL, 'size': 8, 'blur_prob': 1.0, 'jitter_prob': 1.0, 'solarize_prob': 0.0}, 'recipe'))
+    row = np.array(recipe_row({**FULL, 'size': 8, 'blur_prob': 1.0, 'jitter_prob': 1.0, 'solarize_prob': 0.0}, 'r'))
     drawn = torch.from_numpy(parameters(1, 0, np.arange(3), 0, row, 10, 12))
     weight = torch.randn(3, 3, 8, 8)
     value = lambda x: (augment(x.float(), row, drawn) * weight).sum().double()
