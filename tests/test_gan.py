@@ -503,7 +503,8 @@ def test_folders_of_embedded_gans(tmp_path):
     assert gan.biggan(folder)(torch.randn(2, 48)).shape == (2, 3, 32, 32)
     config = (folder / 'config.json').read_text()
     for text, message in (('{"widths": 3}', 'does not fit its network'), ('{}', 'does not fit'),
-                          ('[', 'config.json: is no'), (config.replace('"chunk": 8', '"chunk": 9'), 'does not fit its network')):
+                          ('[', 'config.json: is no JSON'),
+                          (config.replace('"chunk": 8', '"chunk": 9'), 'does not fit its network')):
         (folder / 'config.json').write_text(text)
         with pytest.raises(Fail, match=message):
             gan.biggan(folder)
