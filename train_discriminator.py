@@ -50,12 +50,16 @@ ALLOWED = {
 BOOKKEEPING = ('output', 'device', 'num_workers', 'log_every', 'save_every')
 
 
+def check(config, world):
+    check_values(config, ALLOWED)
+    if config['batch_size'] % world:
+        raise Fail(f"batch_size: {config['batch_size']} (of all processes) is not a multiple of the {world} processes")
+
+
 def main(config):
     processes = Processes(config['device'])
-    check_values(config, ALLOWED)
+    check(config, processes.world)
     device, world, batch = processes.device, processes.world, config['batch_size']
-    if batch % world:
-        raise Fail(f'batch_size: {batch} (of all processes) is not a multiple of the {world} processes')
     folder = run_folder(config['output'])
     checkpoint, result = folder / 'checkpoint.pt', folder / 'discriminator.pt'
     saved = earlier(checkpoint, config, BOOKKEEPING, needs=('discriminator', 'optimizer', 'step'))

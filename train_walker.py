@@ -66,7 +66,7 @@ estimator:
   temperature: 0.1
   lr: 3e-5
 image_size: 128         # pixels a side of what the estimator sees
-view:                   # augmentation of both images, inside the graph, per sample; {crop_scale: null, flip: 0,
+view:                   # augmentation of both images, inside the graph, per sample; {crop_scale: [0, 0], flip: 0,
                         # jitter_prob: 0, gray_prob: 0}: none
   crop_scale: [0.2, 1.0]
   resize: !int null     # without crop_scale: the shorter side, of which image_size is cut from the centre
@@ -249,12 +249,17 @@ def measure(game, folder, count, log):
                   f'({count} anchors)')
 
 
+def check(config, world):
+    check_values(config, ALLOWED)
+    recipe_row({'size': config['image_size'], **config['view']}, 'view')
+    if config['batch_size'] % world:
+        raise Fail(f"batch_size: {config['batch_size']} (of all processes) is not a multiple of the {world} processes")
+
+
 def main(config):
     processes = Processes(config['device'])
-    check_values(config, ALLOWED)
+    check(config, processes.world)
     batch, world = config['batch_size'], processes.world
-    if batch % world:
-        raise Fail(f'batch_size: {batch} (of all processes) is not a multiple of the {world} processes')
     folder, last = run_folder(config['output']), config['samples'] // batch
     checkpoint, result = folder / 'checkpoint.pt', folder / 'walker.pt'
     saved = earlier(checkpoint, config, BOOKKEEPING, needs=('walker', 'estimator', 'walks', 'estimates', 'step',
