@@ -156,6 +156,7 @@ optimizer:
   lr: 0.03              # for batch_size as it is, not scaled; linear warm-up from 0, then cosine to final_lr per step
   final_lr: 0.0
   warmup_epochs: 0
+  per_epoch: false      # the cosine moves once an epoch: epoch 1, 2, ... of E has its value at 1/E, 2/E, ...
   momentum: 0.9         # sgd and lars; adamw has betas 0.9 and 0.999
   weight_decay: 0.0001
   exclude_1d: !bool null # norm scales and biases without weight decay and LARS adaptation; null: as the official codes,
@@ -299,10 +300,13 @@ def build_optimizer(model, config):
 def learning_rate(step, steps_per_epoch, epochs, optimizer):
     """Linear warm-up from 0 (SwAV at batch 4096: from 0.3), then cosine to final_lr: a pure function of the step, so
     that resuming needs no scheduler's state. So are the momenta of the methods; the weight decay is constant. The
-    official codes of MoCo v2 and SimSiam change the learning rate once an epoch, the others every step."""
+    official codes of MoCo v2 and SimSiam change the learning rate once an epoch, the others every step. per_epoch: once
+    an epoch, counted from 1, as SupContrast and COP-Gen do: epoch e of E has lr (1 + cos(pi e / E)) / 2."""
     warmup, total = optimizer['warmup_epochs'] * steps_per_epoch, epochs * steps_per_epoch
     if step < warmup:
         return optimizer['lr'] * step / warmup
+    if optimizer['per_epoch']:
+        step = (step // steps_per_epoch + 1) * steps_per_epoch
     return cosine(optimizer['lr'], optimizer['final_lr'], step - warmup, max(1, total - warmup))
 
 

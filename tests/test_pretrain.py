@@ -117,11 +117,21 @@ def assert_equal(a, b):
 # Runs
 
 def test_learning_rate_warms_up_and_falls():
-    settings = {'lr': 0.5, 'final_lr': 0.0, 'warmup_epochs': 2}
+    settings = {'lr': 0.5, 'final_lr': 0.0, 'warmup_epochs': 2, 'per_epoch': False}
     rates = [pretrain.learning_rate(step, 5, 10, settings) for step in range(50)]
     assert rates[0] == 0 and rates[9] == pytest.approx(0.45) and rates[10] == pytest.approx(0.5)
     assert rates[30] == pytest.approx(0.25) and all(a > b for a, b in zip(rates[10:], rates[11:])) and rates[-1] < 0.001
     assert pretrain.learning_rate(50, 5, 10, {**settings, 'final_lr': 0.1}) == pytest.approx(0.1)
+
+
+def test_learning_rate_per_epoch_is_that_of_cop_gens_code():
+    settings = {'lr': 0.02625, 'final_lr': 2.625e-5, 'warmup_epochs': 0, 'per_epoch': True}
+    rates = [pretrain.learning_rate(step, 5, 10, settings) for step in range(50)]
+    for epoch in range(1, 11):                             # eta_min + (lr - eta_min) (1 + cos(pi epoch / epochs)) / 2
+        expected = 2.625e-5 + (0.02625 - 2.625e-5) * (1 + np.cos(np.pi * epoch / 10)) / 2
+        assert rates[5 * epoch - 5:5 * epoch] == pytest.approx([expected] * 5, rel=1e-12)
+    warm = [pretrain.learning_rate(step, 5, 10, {**settings, 'warmup_epochs': 2}) for step in range(50)]
+    assert warm[9] == pytest.approx(0.9 * 0.02625) and len(set(warm[10:15])) == 1 and warm[-1] == 2.625e-5
 
 
 class StopAfter:

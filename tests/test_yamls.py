@@ -192,8 +192,8 @@ OFFICIAL = {
         'vicreg.variance': 25, 'vicreg.covariance': 1}),
     'in1k_simclr_copgen': (0, 2.625e-5, *NO_BLUR, {
         'method': 'simclr', 'batch_size': 224, 'epochs': 100, 'optimizer.name': 'sgd', 'optimizer.lr': 0.02625,
-        'optimizer.weight_decay': 1e-4, 'image_size': 128, 'simclr.norm': False, 'simclr.dim': 128,
-        'simclr.temperature': 0.1, 'backbone.zero_init_residual': False}),
+        'optimizer.per_epoch': True, 'optimizer.weight_decay': 1e-4, 'image_size': 128, 'simclr.norm': False,
+        'simclr.dim': 128, 'simclr.temperature': 0.1, 'backbone.zero_init_residual': False}),
     'in1k_simsiam_hl': (10, 0.02, *NO_BLUR, {'batch_size': 1024, 'optimizer.lr': 0.2}),
     'lsuncars_simsiam_hl': (0, 0.01, *NO_BLUR, {'batch_size': 512, 'optimizer.lr': 0.1}),
     '.*_simsiam_hl': (None, None, *NO_BLUR, {
@@ -223,6 +223,10 @@ def test_learning_rate_warms_up_and_decays_on_a_cosine(name):
     settings, epochs = config('pretrain', name)['optimizer'], config('pretrain', name)['epochs']
     rate = functools.partial(pretrain.learning_rate, steps_per_epoch=100, epochs=epochs, optimizer=settings)
     warmup = 100 * settings['warmup_epochs']
+    if settings['per_epoch']:                       # once an epoch, counted from 1; the rest is as if it were not
+        assert [rate(100 * e) for e in range(epochs)] == [rate(100 * e + 99) for e in range(epochs)]
+        assert rate(0) < settings['lr'] and rate(100 * epochs - 1) == settings['final_lr']
+        rate.keywords['optimizer'] = {**settings, 'per_epoch': False}
     assert max(map(rate, range(0, 100 * epochs, 50))) <= settings['lr'] == rate(warmup)
     assert not warmup or rate(warmup // 2) == pytest.approx(settings['lr'] / 2, rel=0.01)
     assert rate((warmup + 100 * epochs) // 2) == pytest.approx((settings['lr'] + settings['final_lr']) / 2)
