@@ -102,11 +102,15 @@ def _two_view_logits(z1, z2, temperature):
     return logits, first
 
 
-def nt_xent(z1, z2, temperature):
+def nt_xent(z1, z2, temperature, mixing=None):
     """NT-Xent of SimCLR (arXiv 2002.05709, eq. 1), per sample the mean of its two directions. Returns (B,).
 
     z1, z2: (B, D), rows L2-normalised by the caller. Every row is an anchor; its positive is the other view, its
     negatives are both views of all other samples of the global batch. Gradients reach all of them.
+
+    mixing: (share, partner) for negative feature transformation (arXiv 2108.02982): negative j is share * z_j + (1 -
+    share) * z_partner[j], not normalised again. partner: (2N,) permutation of the global batch, first views
+    before second ones. That paper mixes a queue; here a negative whose partner is the anchor or its positive stays.
 
     >>> z1, z2 = torch.eye(2), torch.eye(2)
     >>> nt_xent(z1, z2, temperature=1.0)                    # log(e^1 + e^0 + e^0) - 1
@@ -115,6 +119,15 @@ def nt_xent(z1, z2, temperature):
     with _float32(z1):
         logits, first = _two_view_logits(z1, z2, temperature)
         positive = first + torch.arange(len(logits), device=z1.device).roll(len(z1))    # z1[i] <-> z2[i]
+        if mixing:
+            share, partner = mixing[0], mixing[1].to(z1.device)
+            column = torch.arange(len(partner), device=z1.device)                       # (process, view, sample) as
+            column = column.view(-1, 2, len(z1)).transpose(0, 1).flatten()              # (view, process, sample)
+            other = torch.empty_like(column).scatter_(0, column, column[partner])       # of each column of the logits
+            own = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, positive[:, None], True)
+            own.diagonal(first).fill_(True)
+            mixed = share * logits + (1 - share) * logits[:, other]                     # linear: logits mix as rows do
+            logits = torch.where(own | own[:, other], logits, mixed)
         return F.cross_entropy(logits, positive, reduction='none').view(2, -1).mean(0)
 
 

@@ -7,6 +7,7 @@ from copy import deepcopy
 from functools import partial
 from itertools import groupby
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -263,6 +264,13 @@ def batch_top1(query, key):
     return (nearest == rank() * len(query) + torch.arange(len(query), device=query.device)).float().mean()
 
 
+def mixing(a, seed, step, rows):
+    """How the negatives of a step are mixed (arXiv 2108.02982): one share ~ Beta(a, a), and partners (rows,). From seed
+    and step alone: the same on all processes and after a break."""
+    draw = np.random.default_rng((seed, step))
+    return draw.beta(a, a), torch.from_numpy(draw.permutation(rows))
+
+
 class Method(nn.Module):
     """What the methods share. A step is: before_step(step), forward once per micro-batch, backward, grad = None for the
     parameters in frozen(step), optimizer, after_step(step).
@@ -310,11 +318,13 @@ class MoCoV2(Method):
     bn_splits: batch norm sees the global batch in this many groups, and the keys are shuffled between the groups, so
     that a query and its key share no statistics that would give the pair away. The groups are spread over the
     processes: the result does not depend on how many there are.
+
+    negative_mixing: 0, or a: every key of the queue is mixed with another one, see `mixing`; the positives are not.
     """
     sync_bn = False
 
     def __init__(self, backbone, dim=128, queue=65536, momentum=0.999, temperature=0.2, bn_splits=8, symmetric=False,
-                 **common):
+                 negative_mixing=0.0, **common):
         splits = bn_splits // world_size()
         super().__init__(backbone, partial(SplitBatchNorm2d, splits=splits) if splits > 1 else None, **common)
         width = self.backbone.feature_dim
@@ -322,7 +332,7 @@ class MoCoV2(Method):
         self.momentum_backbone = deepcopy(self.backbone).requires_grad_(False)
         self.momentum_projector = deepcopy(self.projector).requires_grad_(False)
         self.momentum, self.temperature, self.symmetric = momentum, temperature, symmetric
-        self.shuffle = bn_splits > 1
+        self.shuffle, self.negative_mixing = bn_splits > 1, negative_mixing
         self.register_buffer('queue', F.normalize(torch.randn(queue, dim), dim=1))
         self.register_buffer('queue_pointer', torch.zeros((), dtype=torch.long))
 
@@ -356,11 +366,14 @@ class MoCoV2(Method):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         order = torch.randperm(len(view_1) * world_size(), generator=generator).to(view_1.device)
         mine = slice(rank() * len(view_1), (rank() + 1) * len(view_1))
-        loss, all_keys, figures = 0, [], {}
+        loss, all_keys, figures, queue = 0, [], {}, self.queue
+        if self.negative_mixing:
+            share, partner = mixing(self.negative_mixing, self.seed, step, len(queue))
+            queue = share * queue + (1 - share) * queue[partner.to(queue.device)]
         for query_view, key_view in ((view_1, view_2), (view_2, view_1))[:2 if self.symmetric else 1]:
             query = F.normalize(self.projector(self.features(query_view)).float(), dim=1)
             keys = self.keys(key_view, order)
-            loss = loss + info_nce(query, keys[mine], self.queue, self.temperature)
+            loss = loss + info_nce(query, keys[mine], queue, self.temperature)
             figures = self.figures(query, keys[mine]) if look else {}
             all_keys.append(keys)
         self.enqueue(torch.cat(all_keys))  # after the logits: a key is never its own negative
@@ -554,12 +567,14 @@ class SimCLR(Method):
     Both views share a pass and so batch norm statistics. Projector: hidden layers as wide as the features, no bias,
     normal initialisation of std 0.01, batch norm without shift at its end (norm=False: Linear with bias, ReLU, Linear,
     as COP-Gen's code); the backbone is initialised as torchvision does. Loss: sum of the two directions as in the
-    official code (paper and SupConLoss: their mean). Zero residuals at the start. Batch norm over the global batch."""
+    official code (paper and SupConLoss: their mean). Zero residuals at the start. Batch norm over the global batch.
+    negative_mixing: 0, or a: the negatives of the batch are mixed, see `mixing` and nt_xent."""
     zero_init_residual = True
 
-    def __init__(self, backbone, dim=128, layers=2, norm=True, temperature=0.1, **common):
+    def __init__(self, backbone, dim=128, layers=2, norm=True, temperature=0.1, negative_mixing=0.0, **common):
         super().__init__(backbone, **common)
         sizes, self.temperature = [self.backbone.feature_dim] * layers + [dim], temperature
+        self.negative_mixing = negative_mixing
         if norm:
             self.projector = mlp(*sizes).append(nn.BatchNorm1d(dim))
             self.projector[-1].bias.requires_grad_(False)
@@ -573,7 +588,8 @@ class SimCLR(Method):
     def forward(self, views, step, look=False):
         """views: the pair. See Method."""
         z1, z2 = F.normalize(self.projector(self.features(torch.cat(views))).float(), dim=1).chunk(2)
-        loss = 2 * nt_xent(z1, z2, self.temperature)
+        rows, a = 2 * len(z1) * world_size(), self.negative_mixing
+        loss = 2 * nt_xent(z1, z2, self.temperature, mixing(a, self.seed, step, rows) if a else None)
         figures = {'contrastive_top1': batch_top1(z1, z2), 'feature_std': feature_std(z1)} if look else {}
         return loss, loss.new_zeros(()), figures
 

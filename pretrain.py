@@ -104,6 +104,8 @@ moco:                   # MoCo v2
   temperature: 0.2
   bn_splits: 8          # batch norm groups of the global batch, spread over the processes (official: one per GPU, 8)
   symmetric: false      # add the loss with the views exchanged
+  negative_mixing: 0.0  # a of Beta(a, a), of which a step draws how to mix each negative with another one; 1.6 as
+                        # published (negative feature transformation); 0: off
 mocov3:
   dim: 256
   hidden: 4096
@@ -135,6 +137,7 @@ simclr:
   layers: 2             # of the projector (SimCLR v2: 3); hidden ones are as wide as the backbone's features
   norm: true            # batch norm in the projector; COP-Gen's has none
   temperature: 0.1
+  negative_mixing: 0.0  # as in moco
 vicreg:
   dim: 8192
   hidden: 8192
@@ -193,7 +196,7 @@ ALLOWED = {
     'dim': (1, 32768), 'hidden': (1, 32768), 'layers': (1, 10), 'prototypes': (1, 10 ** 6), 'iterations': (1, 1000),
     'moco.queue': (1, 10 ** 7), 'queue': (0, 10 ** 7), 'queue_from_epoch': (0, EVER), 'freeze_prototypes': (0, EVER),
     'bn_splits': (1, 4096), 'moco.momentum': (0.0, 0.999999), 'momentum': (0.0, 1.0), 'momentum_end': (0.0, 1.0),
-    'temperature': (0.001, 100.0),
+    'temperature': (0.001, 100.0), 'negative_mixing': (0.0, 100.0),
     'epsilon': (0.001, 100.0), 'invariance': (0.0, 1e6), 'variance': (0.0, 1e6), 'covariance': (0.0, 1e6),
     'lr': (1e-30, 1000.0), 'final_lr': (0.0, 1000.0), 'optimizer.momentum': (0.0, 0.9999),
     'weight_decay': (0.0, 0.999), 'clip_grad': (1e-12, 1e12), 'epochs': (1, 10 ** 6), 'batch_size': (1, 10 ** 6),

@@ -178,6 +178,21 @@ def slow_sup_con(z1, z2, labels, T):
     return [(a + b) / 2 for a, b in zip(anchors, anchors[len(z1):])]
 
 
+def slow_mixed(z1, z2, T, share, partner):
+    rows, n, anchors = [*z1, *z2], len(z1), []
+    for i in range(2 * n):
+        own = i, (i + n) % (2 * n)
+        negatives = [rows[j] if partner[j] in own else share * rows[j] + (1 - share) * rows[partner[j]]
+                     for j in range(2 * n) if j not in own]
+        positive = torch.exp(rows[i] @ rows[own[1]] / T)
+        anchors.append(-(positive / (positive + sum(torch.exp(rows[i] @ row / T) for row in negatives))).log())
+    return [(a + b) / 2 for a, b in zip(anchors, anchors[n:])]
+
+
+def partners(n):
+    return torch.randperm(n, generator=torch.Generator().manual_seed(4))
+
+
 def slow_sinkhorn(scores, epsilon, iterations=3):
     """The official code: multiplications, on the transpose."""
     Q = torch.exp(scores.detach().double() / epsilon).T.clone()
@@ -214,6 +229,8 @@ LOSSES = {                                               # name: (ours, slow, wi
         for a, b in zip(x, y)]),
     'info_nce_batch': (info_nce_batch, slow_info_nce_batch),
     'nt_xent': (nt_xent, lambda x, y, T: slow_sup_con(x, y, torch.arange(len(x)), T)),
+    'nt_xent_mixed': (lambda x, y, T: nt_xent(x, y, T, (0.3, partners(2 * len(x)))),
+                      lambda x, y, T: slow_mixed(x, y, T, 0.3, partners(2 * len(x)).tolist())),
     'sup_con': (lambda x, y, T: sup_con(x, y, LABELS[:len(x)], T),
                 lambda x, y, T: slow_sup_con(x, y, LABELS[:len(x)], T)),
     'negative_cosine': (lambda x, y, T: negative_cosine(3 * x, 2 * y), lambda x, y, T: [
@@ -312,6 +329,7 @@ rank = dist.get_rank() if together else 0
 generator = torch.Generator().manual_seed(0)
 x, y, queue = (normalize(torch.randn(n, 6, generator=generator), dim=1) for n in (B, B, 10))
 quality, labels = torch.randn(B, generator=generator), torch.tensor([0, 1, 2, 0, 1, 1, 3, 0])
+partners = lambda rows: torch.randperm(rows, generator=torch.Generator().manual_seed(1))
 
 
 def both(loss):                                          # of the two directions, as the symmetric methods
@@ -322,6 +340,7 @@ losses = {
     'info_nce': lambda z1, z2, mine: info_nce(z1, z2, queue, 0.2),
     'info_nce_batch': both(lambda z1, z2, mine: info_nce_batch(z1, z2, 0.2)),
     'nt_xent': lambda z1, z2, mine: nt_xent(z1, z2, 0.2),
+    'nt_xent_mixed': lambda z1, z2, mine: nt_xent(z1, z2, 0.2, (0.3, partners(2 * len(z1) * (1 + together)))),
     'sup_con': lambda z1, z2, mine: sup_con(z1, z2, labels[mine], 0.2),
     'negative_cosine': both(lambda z1, z2, mine: negative_cosine(z1, z2)),
     'swapped_prediction': both(lambda z1, z2, mine: swapped_prediction(z1, sinkhorn(z2), 0.2)),
@@ -368,7 +387,7 @@ def test_two_processes_equal_one(tmp_path):
     close = dict(rtol=1e-5, atol=1e-6)
     blind = {'info_nce', 'negative_cosine', 'invariance'}                                # look at their own rows alone
     cases = [c for c in first if c not in ('even', 'uneven')]
-    assert len(cases) == 18
+    assert len(cases) == 20
     for case in cases:
         torch.testing.assert_close(torch.cat([first[case]['loss'], second[case]['loss']]), one[case]['loss'], **close)
         assert one[case]['gradient'].abs().sum() > 1e-3, case

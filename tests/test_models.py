@@ -4,6 +4,7 @@ import math
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -19,9 +20,9 @@ import models  # noqa: E402
 import pretrain  # noqa: E402
 from checkpoints import load_backbone, save_backbone  # noqa: E402
 from config import Fail, load_config  # noqa: E402
-from loss import info_nce_batch, quality_weights, sinkhorn, swapped_prediction  # noqa: E402
+from loss import info_nce_batch, nt_xent, quality_weights, sinkhorn, swapped_prediction  # noqa: E402
 from models import (BYOL, METHODS, VITS, MoCoV2, MoCoV3, SimCLR, SimSiam, SplitBatchNorm2d, ViT,  # noqa: E402
-                    build_backbone, cosine, synchronize_batch_norm)
+                    build_backbone, cosine, mixing, synchronize_batch_norm)
 
 SMALL = ('backbone.arch=resnet18', 'backbone.stem=cifar', 'backbone.width=8', 'image_size=16', 'batch_size=8',
          'normalization=imagenet', 'epochs=4', 'optimizer.lr=0.05', 'output=out', 'data.beton=none')
@@ -103,6 +104,8 @@ def both(empty, tmp_path_factory):
     folder = tmp_path_factory.mktemp('both')
     configs = {method: config_of(empty, method) for method in METHODS}
     # residuals of zero: otherwise one activation that rounding puts on the other side of a ReLU moves weights by 0.01
+    configs['mixed'] = config_of(empty, 'simclr', 'simclr.negative_mixing=1.6')
+    configs['mixed queue'] = config_of(empty, 'mocov2', 'moco.negative_mixing=1.6', 'backbone.zero_init_residual=true')
     configs['symmetric'] = config_of(empty, 'mocov2', 'moco.symmetric=true', 'backbone.zero_init_residual=true')
     _both(0, 1, configs, folder)
     mp.spawn(_both, (2, configs, folder), nprocs=2)
@@ -110,7 +113,7 @@ def both(empty, tmp_path_factory):
 
 
 @pytest.mark.parametrize('weighted', [False, True])
-@pytest.mark.parametrize('method', [*METHODS, 'symmetric'])
+@pytest.mark.parametrize('method', [*METHODS, 'mixed', 'mixed queue', 'symmetric'])
 def test_two_processes_make_the_steps_of_one(both, method, weighted):
     """Batch norm, negatives, codes, queues, statistics, weights and the mean over samples are of the global batch.
 
@@ -340,6 +343,33 @@ def test_symmetric_loss_is_the_sum_of_both_directions():
     model.queue.copy_(queue)
     assert torch.allclose(loss, first + model([view_2, view_1], 0)[0], atol=1e-5)
     assert both.queue_pointer == 16
+
+
+# ---------------------------------------------------------------------------------------------------
+# Negative feature transformation
+
+def test_mixing_is_one_beta_per_step_and_a_permutation():
+    shares = [mixing(1.6, 3, step, 10)[0] for step in range(4000)]
+    assert abs(np.mean(shares) - 0.5) < 0.015 and np.var(shares) == pytest.approx(1 / (4 * 2 * 1.6 + 4), rel=0.05)
+    (share, partner), again = mixing(1.6, 3, 7, 10), mixing(1.6, 3, 7, 10)
+    assert share == again[0] == shares[7] and torch.equal(partner, again[1])
+    assert partner.sort()[0].equal(torch.arange(10)) and not partner.equal(mixing(1.6, 3, 8, 10)[1])
+    assert share != mixing(1.6, 4, 7, 10)[0]
+
+
+def test_negatives_are_mixed_and_nothing_else():
+    views = pair(8)
+    plain, mixed = moco(bn_splits=1), moco(bn_splits=1, negative_mixing=1.6)
+    share, partner = mixing(1.6, 0, 5, 32)
+    queue = share * plain.queue + (1 - share) * plain.queue[partner]
+    loss = mixed(views, 5)[0]
+    plain.queue.copy_(queue)
+    assert torch.allclose(loss, plain(views, 5)[0], atol=1e-6)
+    assert torch.equal(mixed.queue[:8], plain.queue[:8]) and torch.equal(mixed.queue[8:], moco().queue[8:])
+    simclr = SimCLR({'arch': 'resnet18', 'stem': 'cifar', 'width': 8}, dim=16, negative_mixing=1.6)
+    z1, z2 = F.normalize(simclr.projector(simclr.features(torch.cat(views))), dim=1).chunk(2)
+    assert torch.allclose(simclr(views, 5)[0], 2 * nt_xent(z1, z2, 0.1, mixing(1.6, 0, 5, 16)), atol=1e-5)
+    assert not torch.allclose(simclr(views, 5)[0], simclr(views, 6)[0], atol=1e-2)  # another draw
 
 
 # ---------------------------------------------------------------------------------------------------

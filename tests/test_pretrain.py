@@ -27,14 +27,14 @@ from models import METHODS, VITS  # noqa: E402
 ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1'}
 # Small settings of every method, with as many of the options on as can be. Batch 16 of 64 images.
 METHOD = {
-    'mocov2': ('moco.symmetric=true', 'accumulate=2'),
+    'mocov2': ('moco.symmetric=true', 'moco.negative_mixing=1.6', 'accumulate=2'),
     'mocov3': ('mocov3.dim=16', 'mocov3.hidden=32', 'backbone.arch=vit_small', 'backbone.patch_size=8',
                'optimizer.name=adamw', 'optimizer.lr=0.001', 'optimizer.clip_grad=1'),
     'byol': ('byol.dim=16', 'byol.hidden=32', 'byol.momentum=0.9', 'optimizer.name=lars', 'optimizer.warmup_epochs=1'),
     'simsiam': ('simsiam.dim=32', 'simsiam.hidden=16', 'accumulate=2'),
     'swav': ('swav.dim=16', 'swav.hidden=32', 'swav.prototypes=12', 'swav.queue=32', 'swav.queue_from_epoch=0',
              'swav.freeze_prototypes=2', 'small_crops.count=2', 'small_crops.size=12', 'optimizer.name=lars'),
-    'simclr': ('simclr.dim=16', 'optimizer.name=lars'),
+    'simclr': ('simclr.dim=16', 'simclr.negative_mixing=1.6', 'optimizer.name=lars'),
     'vicreg': ('vicreg.dim=32', 'vicreg.hidden=32', 'optimizer.name=lars')}
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -443,6 +443,7 @@ def test_betons_with_other_fields_are_refused(workplace, tmp_path):
     ('moco.bn_splits=3', 'moco.bn_splits: 3'), ('epochs=0', 'epochs: 0'),
     ('method=mocov', "method: 'mocov' is none of .*; did you mean 'mocov[23]'"),
     ('method=swav swav.queue=24', 'swav.queue: 24 is not a multiple of the 16 keys of a step; 32 is'),
+    ('moco.negative_mixing=-1', 'moco.negative_mixing: -1'),
     ('method=simsiam simsiam.hidden=0', 'simsiam.hidden: 0'), ('method=byol byol.momentum=2', 'byol.momentum: 2'),
     ('method=swav swav.epsilon=0', 'swav.epsilon: 0'), ('optimizer.name=adam', "optimizer.name: 'adam' .* 'adamw'"),
     ('optimizer.clip_grad=-1', 'optimizer.clip_grad: -1'), ('small_crops.count=6', 'small_crops.count: mocov2 takes a'),
