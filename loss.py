@@ -2,7 +2,8 @@
 
     MoCo v2   info_nce           SimSiam, BYOL   negative_cosine                   VICReg    vicreg
     MoCo v3   info_nce_batch     SwAV            sinkhorn, swapped_prediction      SupCon    sup_con
-    SimCLR    nt_xent            GenView         foreground_map, pair_quality, quality_weights
+    SimCLR    nt_xent
+    NNCLR     nnclr              GenView         foreground_map, pair_quality, quality_weights
 
 A loss returns one value per sample, shape (B,); the weights multiply it and the mean comes last:
 
@@ -91,6 +92,25 @@ def info_nce_batch(query, key, temperature):
         keys, first = _gather(key.detach().float())
         labels = first + torch.arange(len(query), device=query.device)
         return F.cross_entropy(query.float() @ keys.T / temperature, labels, reduction='none')
+
+
+def nnclr(projection, prediction, queue, temperature):
+    """NNCLR (arXiv 2104.14548, eq. 3), one direction; the method is the mean of both (algorithm 1). Returns (B,).
+
+    projection: (B, D) of one view; prediction: (B, D) of the predictor from the other view; queue: (K, D), projections
+    of the past. Rows of all three L2-normalised by the caller. The anchors are the rows of the queue that are nearest
+    to the projections, their negatives the other predictions of the global batch. Gradients reach predictions alone.
+
+    >>> eye = torch.eye(2)
+    >>> nnclr(2 * eye / 3, eye, eye, temperature=1.0)       # log(e^1 + e^0) - 1
+    tensor([0.3133, 0.3133])
+    """
+    with _float32(prediction):
+        queue = queue.detach().float()
+        neighbour = queue[(projection.detach().float() @ queue.T).argmax(1)]
+        predictions, first = _gather(prediction.float())
+        labels = first + torch.arange(len(prediction), device=prediction.device)
+        return F.cross_entropy(neighbour @ predictions.T / temperature, labels, reduction='none')
 
 
 def _two_view_logits(z1, z2, temperature):

@@ -1,5 +1,5 @@
 """Backbones, batch norm over the global batch, and the SSL methods as nn.Modules (METHODS: MoCo v2, MoCo v3, BYOL,
-SimSiam, SwAV, SimCLR, VICReg)."""
+SimSiam, SwAV, SimCLR, VICReg, NNCLR)."""
 import math
 import sys
 import warnings
@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from config import Fail
-from loss import info_nce, info_nce_batch, negative_cosine, nt_xent, sinkhorn, swapped_prediction, vicreg
+from loss import info_nce, info_nce_batch, negative_cosine, nnclr, nt_xent, sinkhorn, swapped_prediction, vicreg
 
 
 def normalize(images, mean, std):
@@ -244,9 +244,11 @@ def cosine(start, end, step, total):
 
 
 @torch.no_grad()
-def follow(slow, fast, momentum):
+def follow(model, momentum):
     """Exponential moving average of the parameters alone: batch norm keeps statistics of its own."""
-    torch._foreach_lerp_(list(slow.parameters()), list(fast.parameters()), 1 - momentum)
+    for part in ('backbone', 'projector'):
+        slow, fast = (list(getattr(model, prefix + part).parameters()) for prefix in ('momentum_', ''))
+        torch._foreach_lerp_(slow, fast, 1 - momentum)
 
 
 @torch.no_grad()
@@ -302,8 +304,7 @@ class Method(nn.Module):
     def before_step(self, step):
         pass
 
-    def after_step(self, step):
-        pass
+    after_step = before_step
 
     def frozen(self, step):
         return ()
@@ -319,8 +320,7 @@ class MoCoV2(Method):
     that a query and its key share no statistics that would give the pair away. The groups are spread over the
     processes: the result does not depend on how many there are.
 
-    negative_mixing: 0, or a: every key of the queue is mixed with another one, see `mixing`; the positives are not.
-    """
+    negative_mixing: 0, or a: every key of the queue is mixed with another one, see `mixing`; the positives are not."""
     sync_bn = False
 
     def __init__(self, backbone, dim=128, queue=65536, momentum=0.999, temperature=0.2, bn_splits=8, symmetric=False,
@@ -338,8 +338,7 @@ class MoCoV2(Method):
 
     def before_step(self, step):
         """The keys come from encoders that already follow the last step, as in the official code."""
-        follow(self.momentum_backbone, self.backbone, self.momentum)
-        follow(self.momentum_projector, self.projector, self.momentum)
+        follow(self, self.momentum)
 
     @torch.no_grad()
     def keys(self, images, order):
@@ -410,9 +409,7 @@ class MoCoV3(Method):
 
     def before_step(self, step):
         """Official: between queries and keys, which comes to the same: the queries do not change a parameter."""
-        momentum = cosine(self.momentum, self.momentum_end, step, self.total_steps)
-        follow(self.momentum_backbone, self.backbone, momentum)
-        follow(self.momentum_projector, self.projector, momentum)
+        follow(self, cosine(self.momentum, self.momentum_end, step, self.total_steps))
 
     @torch.no_grad()
     def key(self, view):
@@ -456,9 +453,7 @@ class BYOL(Method):
         self.momentum_projector.requires_grad_(False)
 
     def after_step(self, step):
-        momentum = cosine(self.momentum, self.momentum_end, step, self.total_steps)
-        follow(self.momentum_backbone, self.backbone, momentum)
-        follow(self.momentum_projector, self.projector, momentum)
+        follow(self, cosine(self.momentum, self.momentum_end, step, self.total_steps))
 
     @torch.no_grad()
     def target(self, view):
@@ -616,8 +611,35 @@ class VICReg(Method):
         return self.invariance * invariance, extra, {'feature_std': feature_std(z1)} if look else {}
 
 
+class NNCLR(Method):
+    """NNCLR (Dwibedi et al. 2021), after its algorithm 1: a view predicts the nearest neighbour of the other view among
+    earlier images. queue (K, D): their first views' normalised projections; those of the batch join after the look-up.
+
+    Projector: 3 layers, hidden ones as wide as the features (ResNet-50: 2048), batch norm at its end. Predictor: 2
+    layers. Biases, which the paper leaves open, as in solo-learn. Batch norm over the global batch."""
+    enqueue = MoCoV2.enqueue
+
+    def __init__(self, backbone, dim=256, hidden=4096, queue=98304, temperature=0.1, **common):
+        super().__init__(backbone, **common)
+        width, self.temperature = self.backbone.feature_dim, temperature
+        self.projector = mlp(width, width, width, dim, bias=True, last_bias=True).append(nn.BatchNorm1d(dim))
+        self.predictor = mlp(dim, hidden, dim, bias=True, last_bias=True)
+        self.register_buffer('queue', F.normalize(torch.randn(queue, dim), dim=1))
+        self.register_buffer('queue_pointer', torch.zeros((), dtype=torch.long))
+
+    def forward(self, views, step, look=False):
+        """views: the pair. See Method."""
+        projections = [self.projector(self.features(v)) for v in views]
+        z1, z2 = (F.normalize(z.detach().float(), dim=1) for z in projections)
+        p1, p2 = (F.normalize(self.predictor(z).float(), dim=1) for z in projections)
+        loss = (nnclr(z1, p2, self.queue, self.temperature) + nnclr(z2, p1, self.queue, self.temperature)) / 2
+        self.enqueue(gather(z1))
+        figures = {'contrastive_top1': batch_top1(p2, z1), 'feature_std': feature_std(z1)} if look else {}
+        return loss, loss.new_zeros(()), figures
+
+
 METHODS = {'mocov2': MoCoV2, 'mocov3': MoCoV3, 'byol': BYOL, 'simsiam': SimSiam, 'swav': SwAV, 'simclr': SimCLR,
-           'vicreg': VICReg}
+           'vicreg': VICReg, 'nnclr': NNCLR}
 
 
 if __name__ == '__main__':

@@ -19,8 +19,8 @@ of processes: data, schedules, queues and prototypes go on exactly, sums are add
 
 A step of several micro-batches (accumulate) equals one of a large batch for losses that look at one pair, SimSiam's and
 BYOL's, but for batch norm and quality weights, which are those of the micro-batch. MoCo v2 comes close: later
-micro-batches already find the keys of earlier ones in the queue. The negatives of MoCo v3 and SimCLR, the codes of SwAV
-and the statistics of VICReg are those of the micro-batch: there it is another, smaller-batch method.
+micro-batches already find the keys of earlier ones in the queue. The negatives of MoCo v3, SimCLR and NNCLR, the codes
+of SwAV and the statistics of VICReg are those of the micro-batch: there it is another, smaller-batch method.
 """
 import json
 import math
@@ -87,7 +87,7 @@ small_crops:            # multi-crop, SwAV alone; the other augmentations are th
   size: 96              # pixels
   crop_scale: [0.05, 0.14]
 
-method: mocov2          # mocov2 | mocov3 | byol | simsiam | swav | simclr | vicreg
+method: mocov2          # mocov2 | mocov3 | byol | simsiam | swav | simclr | vicreg | nnclr
 backbone:
   arch: resnet50        # resnet18 | resnet34 | resnet50 | resnet101 | vit_small (12 heads) | vit_base
   stem: imagenet        # ResNet: imagenet (7x7 stride 2, max-pool) | cifar (3x3 stride 1, no max-pool)
@@ -95,7 +95,7 @@ backbone:
   zero_init_residual: !bool null # ResNet: last norm of each block starts at 0; null: as the method's official code
   patch_size: 16        # ViT: pixels
 
-# Of the seven blocks that follow, the one of the method counts; the others are not looked at. dim: of the projection,
+# Of the blocks that follow, the one of the method counts; the others are not looked at. dim: of the projection,
 # hidden: width of the hidden layers. A momentum goes from `momentum` to `momentum_end` on a cosine.
 moco:                   # MoCo v2
   dim: 128
@@ -144,6 +144,11 @@ vicreg:
   invariance: 25.0      # weights of the three terms
   variance: 25.0
   covariance: 1.0
+nnclr:
+  dim: 256
+  hidden: 4096          # of the predictor; the projector's is the width of the backbone's features
+  queue: 98304          # projections among which neighbours are looked up, a multiple of batch_size
+  temperature: 0.1
 
 quality:                # quality-driven contrastive loss (GenView section 3.4)
   enabled: false
@@ -194,7 +199,8 @@ ALLOWED = {
     'size': (8, 1024), 'count': (0, 100),
     'arch': [*RESNETS, *VITS], 'stem': ['imagenet', 'cifar'], 'width': (8, 1024), 'patch_size': (1, 1024),
     'dim': (1, 32768), 'hidden': (1, 32768), 'layers': (1, 10), 'prototypes': (1, 10 ** 6), 'iterations': (1, 1000),
-    'moco.queue': (1, 10 ** 7), 'queue': (0, 10 ** 7), 'queue_from_epoch': (0, EVER), 'freeze_prototypes': (0, EVER),
+    'moco.queue': (1, 10 ** 7), 'nnclr.queue': (1, 10 ** 7), 'queue': (0, 10 ** 7),
+    'queue_from_epoch': (0, EVER), 'freeze_prototypes': (0, EVER),
     'bn_splits': (1, 4096), 'moco.momentum': (0.0, 0.999999), 'momentum': (0.0, 1.0), 'momentum_end': (0.0, 1.0),
     'temperature': (0.001, 100.0), 'negative_mixing': (0.0, 100.0),
     'epsilon': (0.001, 100.0), 'invariance': (0.0, 1e6), 'variance': (0.0, 1e6), 'covariance': (0.0, 1e6),

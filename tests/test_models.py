@@ -21,8 +21,8 @@ import pretrain  # noqa: E402
 from checkpoints import load_backbone, save_backbone  # noqa: E402
 from config import Fail, load_config  # noqa: E402
 from loss import info_nce_batch, nt_xent, quality_weights, sinkhorn, swapped_prediction  # noqa: E402
-from models import (BYOL, METHODS, VITS, MoCoV2, MoCoV3, SimCLR, SimSiam, SplitBatchNorm2d, ViT,  # noqa: E402
-                    build_backbone, cosine, mixing, synchronize_batch_norm)
+from models import (BYOL, METHODS, NNCLR, VITS, MoCoV2, MoCoV3, SimCLR, SimSiam, SplitBatchNorm2d,  # noqa: E402
+                    ViT, build_backbone, cosine, mixing, synchronize_batch_norm)
 
 SMALL = ('backbone.arch=resnet18', 'backbone.stem=cifar', 'backbone.width=8', 'image_size=16', 'batch_size=8',
          'normalization=imagenet', 'epochs=4', 'optimizer.lr=0.05', 'output=out', 'data.beton=none')
@@ -33,7 +33,8 @@ TINY = {'mocov2': ('moco.dim=16', 'moco.queue=32', 'moco.momentum=0.9', 'moco.bn
         'simsiam': ('simsiam.dim=32', 'simsiam.hidden=16'),
         'swav': ('swav.dim=16', 'swav.hidden=32', 'swav.prototypes=12', 'swav.queue=8', 'swav.queue_from_epoch=0',
                  'swav.freeze_prototypes=1', 'small_crops.count=2', 'small_crops.size=12'),
-        'simclr': ('simclr.dim=16',), 'vicreg': ('vicreg.dim=32', 'vicreg.hidden=32')}
+        'simclr': ('simclr.dim=16',), 'vicreg': ('vicreg.dim=32', 'vicreg.hidden=32'),
+        'nnclr': ('nnclr.dim=16', 'nnclr.hidden=32', 'nnclr.queue=32', 'backbone.zero_init_residual=true')}
 pytestmark = pytest.mark.usefixtures('one_thread')
 
 
@@ -173,7 +174,9 @@ def size(module):
     ('simsiam', 'resnet50', (23_508_032, 3 * 2048 ** 2 + 4 * 2048 + 2048, 2048 * 512 + 2 * 512 + 513 * 2048)),
     ('swav', 'resnet50', (23_508_032, 2049 * 2048 + 2 * 2048 + 2049 * 128, 0)),
     ('simclr', 'resnet50', (23_508_032, 2048 ** 2 + 2 * 2048 + 2048 * 128 + 2 * 128, 0)),
-    ('vicreg', 'resnet50', (23_508_032, 2049 * 8192 + 8193 * 8192 + 4 * 8192 + 8192 ** 2, 0))])
+    ('vicreg', 'resnet50', (23_508_032, 2049 * 8192 + 8193 * 8192 + 4 * 8192 + 8192 ** 2, 0)),
+    ('nnclr', 'resnet50', (23_508_032, 2 * 2049 * 2048 + 4 * 2048 + 2049 * 256 + 2 * 256,
+                           257 * 4096 + 2 * 4096 + 4097 * 256))])
 def test_number_of_parameters(method, arch, expected):
     model = on_meta(method, arch)
     assert (size(model.backbone), size(model.projector), size(getattr(model, 'predictor', nn.Identity()))) == expected
@@ -200,7 +203,8 @@ def kinds(module):
     ('mocov2', 'resnet50', 'Lb R Lb', ''), ('mocov3', 'resnet50', 'L Nsb R L N', 'L Nsb R L'),
     ('mocov3', 'vit_small', 'L Nsb R L Nsb R L N', 'L Nsb R L N'), ('byol', 'resnet50', 'Lb Nsb R L', 'Lb Nsb R L'),
     ('simsiam', 'resnet50', 'L Nsb R L Nsb R L N', 'L Nsb R Lb'), ('swav', 'resnet50', 'Lb Nsb R Lb', ''),
-    ('simclr', 'resnet50', 'L Nsb R L Ns', ''), ('vicreg', 'resnet50', 'Lb Nsb R Lb Nsb R L', '')])
+    ('simclr', 'resnet50', 'L Nsb R L Ns', ''), ('vicreg', 'resnet50', 'Lb Nsb R Lb Nsb R L', ''),
+    ('nnclr', 'resnet50', 'Lb Nsb R Lb Nsb R Lb Nsb', 'Lb Nsb R Lb')])
 def test_heads_are_those_of_the_official_codes(method, arch, projector, predictor):
     model = on_meta(method, arch)
     assert kinds(model.projector) == projector and kinds(getattr(model, 'predictor', [])) == predictor
@@ -476,6 +480,46 @@ def test_vicreg_keeps_the_weights_off_variance_and_covariance(empty):
     variance = sum(F.relu(1 - (z.var(0) + 1e-4).sqrt()).mean() / 2 for z in (z1, z2))
     covariance = sum((torch.cov(z.T) - torch.diag(z.var(0))).square().sum() / 32 for z in (z1, z2))
     assert extra.item() == pytest.approx((25 * variance + covariance).item(), rel=1e-4)
+
+
+def test_nnclr_looks_neighbours_up_before_the_batch_joins_and_wraps():
+    torch.manual_seed(0)
+    model = NNCLR({'arch': 'resnet18', 'stem': 'cifar', 'width': 8}, dim=16, hidden=32, queue=24)
+    queue = model.queue.clone()
+    for step in range(5):                                  # 40 projections through a queue of 24
+        views = pair(8, step)
+        loss, extra, figures = model(views, step, True)
+        z1, z2 = (model.projector(model.features(v)) for v in views)
+        p1, p2 = (F.normalize(model.predictor(z), dim=1) for z in (z1, z2))
+        expected = 0
+        for z, p in ((z1, p2), (z2, p1)):
+            z = F.normalize(z.detach(), dim=1)
+            near = torch.stack([queue[(queue - row).norm(dim=1).argmin()] for row in z])
+            expected = expected - torch.log_softmax(near @ p.T / 0.1, 1).diagonal() / 2
+        assert torch.allclose(loss, expected, atol=1e-4) and extra == 0
+        ours, theirs = (torch.autograd.grad(x.mean(), model.backbone.conv1.weight)[0] for x in (loss, expected))
+        assert torch.allclose(ours, theirs, atol=1e-3 * theirs.abs().max())
+        for row, new in enumerate(F.normalize(z1.detach(), dim=1)):
+            queue[(8 * step + row) % 24] = new
+        assert torch.allclose(model.queue, queue, atol=1e-5) and model.queue_pointer == (8 * step + 8) % 24
+        assert not model.queue.requires_grad and 0 <= figures['contrastive_top1'] <= 1
+
+
+def test_a_step_of_nnclr_has_the_numbers_of_solo_learn():
+    """Weights, queue and images are waves: no random number. The numbers are what its code gives with them."""
+    def wave(shape, frequency):
+        return torch.sin(torch.arange(math.prod(shape), dtype=torch.float64) * frequency).float().view(shape)
+
+    model = NNCLR({'arch': 'resnet18', 'stem': 'cifar', 'width': 8}, dim=16, hidden=32, queue=32)
+    for k, p in enumerate(model.parameters()):
+        p.data = wave(p.shape, 1 + 0.37 * k) * (p[0].numel() ** -0.5 if p.ndim > 1 else 0.1) + (p.ndim == 1)
+    model.queue.copy_(F.normalize(wave((32, 16), 0.7), dim=1))
+    views = [(127.5 * (1 + wave((8, 3, 16, 16), frequency))).to(torch.uint8) for frequency in (0.311, 0.173)]
+    loss = model(views, 0)[0].mean()
+    loss.backward()
+    found = [loss, *(w.grad.norm() for w in (model.backbone.conv1.weight, model.projector[0].weight,
+                                             model.predictor[3].weight))]
+    assert [x.item() for x in found] == pytest.approx([2.11143, 28.5285, 8.26904, 0.715255], rel=1e-3)
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -35,7 +35,8 @@ METHOD = {
     'swav': ('swav.dim=16', 'swav.hidden=32', 'swav.prototypes=12', 'swav.queue=32', 'swav.queue_from_epoch=0',
              'swav.freeze_prototypes=2', 'small_crops.count=2', 'small_crops.size=12', 'optimizer.name=lars'),
     'simclr': ('simclr.dim=16', 'simclr.negative_mixing=1.6', 'optimizer.name=lars'),
-    'vicreg': ('vicreg.dim=32', 'vicreg.hidden=32', 'optimizer.name=lars')}
+    'vicreg': ('vicreg.dim=32', 'vicreg.hidden=32', 'optimizer.name=lars'),
+    'nnclr': ('nnclr.dim=16', 'nnclr.hidden=32', 'nnclr.queue=32')}
 pytestmark = pytest.mark.usefixtures('one_thread')
 
 
@@ -162,7 +163,7 @@ def test_every_method_trains_and_resumes_bit_exactly(workplace, tmp_path, monkey
     assert all(np.isfinite(line['loss']) and 0.05 < line['feature_std_ratio'] < 1.5 for line in log)
     assert {'contrastive_top1', 'assignment_entropy'} & set(log[0]) == {
         'mocov2': {'contrastive_top1'}, 'mocov3': {'contrastive_top1'}, 'simclr': {'contrastive_top1'},
-        'swav': {'assignment_entropy'}}.get(method, set())
+        'nnclr': {'contrastive_top1'}, 'swav': {'assignment_entropy'}}.get(method, set())
     module, info = load_backbone(tmp_path / 'once/backbone.pt')
     first = load_backbone(tmp_path / 'once/backbone_init.pt')[0].state_dict()
     assert module.feature_dim == info['feature_dim'] and info['image_size'] == 16
@@ -444,6 +445,8 @@ def test_betons_with_other_fields_are_refused(workplace, tmp_path):
     ('method=mocov', "method: 'mocov' is none of .*; did you mean 'mocov[23]'"),
     ('method=swav swav.queue=24', 'swav.queue: 24 is not a multiple of the 16 keys of a step; 32 is'),
     ('moco.negative_mixing=-1', 'moco.negative_mixing: -1'),
+    ('method=nnclr nnclr.queue=24', 'nnclr.queue: 24 is not a multiple of the 16 keys of a step; 32 is'),
+    ('method=nnclr nnclr.queue=0', 'nnclr.queue: 0'),
     ('method=simsiam simsiam.hidden=0', 'simsiam.hidden: 0'), ('method=byol byol.momentum=2', 'byol.momentum: 2'),
     ('method=swav swav.epsilon=0', 'swav.epsilon: 0'), ('optimizer.name=adam', "optimizer.name: 'adam' .* 'adamw'"),
     ('optimizer.clip_grad=-1', 'optimizer.clip_grad: -1'), ('small_crops.count=6', 'small_crops.count: mocov2 takes a'),
