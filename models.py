@@ -1,5 +1,5 @@
 """Backbones, batch norm over the global batch, and the SSL methods as nn.Modules (METHODS: MoCo v2, MoCo v3, BYOL,
-SimSiam, SwAV, SimCLR, VICReg, NNCLR)."""
+SimSiam, SwAV, SimCLR, SupCon, VICReg, NNCLR)."""
 import math
 import sys
 import warnings
@@ -17,7 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from config import Fail
-from loss import info_nce, info_nce_batch, negative_cosine, nnclr, nt_xent, sinkhorn, swapped_prediction, vicreg
+from loss import (info_nce, info_nce_batch, negative_cosine, nnclr, nt_xent, sinkhorn, sup_con, swapped_prediction,
+                  vicreg)
 
 
 def normalize(images, mean, std):
@@ -268,9 +269,9 @@ def batch_top1(query, key):
 
 def mixing(a, seed, step, rows):
     """How the negatives of a step are mixed (arXiv 2108.02982): one share ~ Beta(a, a), and partners (rows,). From seed
-    and step alone: the same on all processes and after a break."""
+    and step alone: the same on all processes and after a break. a = 0: None."""
     draw = np.random.default_rng((seed, step))
-    return draw.beta(a, a), torch.from_numpy(draw.permutation(rows))
+    return (draw.beta(a, a), torch.from_numpy(draw.permutation(rows))) if a else None
 
 
 class Method(nn.Module):
@@ -284,6 +285,7 @@ class Method(nn.Module):
     backbone: keywords of build_backbone, zero_init_residual null for the method's own. mean, std: normalisation of the
     views, 3 floats each. total_steps, steps_per_epoch: for schedules, which are functions of the step alone."""
     sync_bn = True                  # batch norm over the global batch
+    labelled = False                # forward takes the labels (B,) of the samples too
     zero_init_residual = False      # as torchvision's ResNets start, unless the official code says otherwise
     fix_predictor_lr = False        # the predictor's learning rate stays at its start
 
@@ -300,6 +302,10 @@ class Method(nn.Module):
 
     def features(self, view):
         return self.backbone(normalize(view, self.mean, self.std))
+
+    @torch.no_grad()
+    def target(self, view):
+        return self.momentum_projector(self.momentum_backbone(normalize(view, self.mean, self.std)))
 
     def before_step(self, step):
         pass
@@ -319,7 +325,6 @@ class MoCoV2(Method):
     bn_splits: batch norm sees the global batch in this many groups, and the keys are shuffled between the groups, so
     that a query and its key share no statistics that would give the pair away. The groups are spread over the
     processes: the result does not depend on how many there are.
-
     negative_mixing: 0, or a: every key of the queue is mixed with another one, see `mixing`; the positives are not."""
     sync_bn = False
 
@@ -348,8 +353,7 @@ class MoCoV2(Method):
         local = len(images)
         if self.shuffle:
             images = gather(images)[order[rank() * local:(rank() + 1) * local]]
-        keys = self.momentum_projector(self.momentum_backbone(normalize(images, self.mean, self.std)))
-        keys = gather(F.normalize(keys.float(), dim=1))
+        keys = gather(F.normalize(self.target(images).float(), dim=1))
         return keys[order.argsort()] if self.shuffle else keys
 
     @torch.no_grad()
@@ -411,10 +415,8 @@ class MoCoV3(Method):
         """Official: between queries and keys, which comes to the same: the queries do not change a parameter."""
         follow(self, cosine(self.momentum, self.momentum_end, step, self.total_steps))
 
-    @torch.no_grad()
     def key(self, view):
-        features = self.momentum_backbone(normalize(view, self.mean, self.std))
-        return F.normalize(self.momentum_projector(features).float(), dim=1)
+        return F.normalize(self.target(view).float(), dim=1)
 
     def forward(self, views, step, look=False):
         """views: the pair. See Method."""
@@ -454,10 +456,6 @@ class BYOL(Method):
 
     def after_step(self, step):
         follow(self, cosine(self.momentum, self.momentum_end, step, self.total_steps))
-
-    @torch.no_grad()
-    def target(self, view):
-        return self.momentum_projector(self.momentum_backbone(normalize(view, self.mean, self.std)))
 
     def forward(self, views, step, look=False):
         """views: the pair. See Method."""
@@ -573,20 +571,26 @@ class SimCLR(Method):
         if norm:
             self.projector = mlp(*sizes).append(nn.BatchNorm1d(dim))
             self.projector[-1].bias.requires_grad_(False)
-            for layer in self.projector:
-                if isinstance(layer, nn.Linear):
-                    nn.init.normal_(layer.weight, std=0.01)
+            for layer in self.projector[::3]:
+                nn.init.normal_(layer.weight, std=0.01)
         else:
             hidden = [(nn.Linear(a, b), nn.ReLU(inplace=True)) for a, b in zip(sizes, sizes[1:-1])]
             self.projector = nn.Sequential(*sum(hidden, ()), nn.Linear(*sizes[-2:]))
 
-    def forward(self, views, step, look=False):
+    def forward(self, views, step, look=False, labels=None):
         """views: the pair. See Method."""
         z1, z2 = F.normalize(self.projector(self.features(torch.cat(views))).float(), dim=1).chunk(2)
-        rows, a = 2 * len(z1) * world_size(), self.negative_mixing
-        loss = 2 * nt_xent(z1, z2, self.temperature, mixing(a, self.seed, step, rows) if a else None)
+        mixed = mixing(self.negative_mixing, self.seed, step, 2 * len(z1) * world_size())
+        loss = self.temperature / 0.07 * sup_con(z1, z2, labels, self.temperature) if self.labelled else \
+            2 * nt_xent(z1, z2, self.temperature, mixed)
         figures = {'contrastive_top1': batch_top1(z1, z2), 'feature_std': feature_std(z1)} if look else {}
         return loss, loss.new_zeros(()), figures
+
+
+class SupCon(SimCLR):
+    """Supervised contrastive (Khosla et al. 2020), after HobbitLong/SupContrast: the positives are all views of all
+    samples of the label, the image's or its generator's class. Loss times temperature / 0.07, no zero residuals."""
+    labelled, zero_init_residual = True, False
 
 
 class VICReg(Method):
@@ -639,7 +643,7 @@ class NNCLR(Method):
 
 
 METHODS = {'mocov2': MoCoV2, 'mocov3': MoCoV3, 'byol': BYOL, 'simsiam': SimSiam, 'swav': SwAV, 'simclr': SimCLR,
-           'vicreg': VICReg, 'nnclr': NNCLR}
+           'supcon': SupCon, 'vicreg': VICReg, 'nnclr': NNCLR}
 
 
 if __name__ == '__main__':

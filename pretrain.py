@@ -87,7 +87,7 @@ small_crops:            # multi-crop, SwAV alone; the other augmentations are th
   size: 96              # pixels
   crop_scale: [0.05, 0.14]
 
-method: mocov2          # mocov2 | mocov3 | byol | simsiam | swav | simclr | vicreg | nnclr
+method: mocov2          # mocov2 | mocov3 | byol | simsiam | swav | simclr | supcon | vicreg | nnclr
 backbone:
   arch: resnet50        # resnet18 | resnet34 | resnet50 | resnet101 | vit_small (12 heads) | vit_base
   stem: imagenet        # ResNet: imagenet (7x7 stride 2, max-pool) | cifar (3x3 stride 1, no max-pool)
@@ -138,6 +138,11 @@ simclr:
   norm: true            # batch norm in the projector; COP-Gen's has none
   temperature: 0.1
   negative_mixing: 0.0  # as in moco
+supcon:                 # positives are all images of the label that the beton gives: with views, the generator's class
+  dim: 128
+  layers: 2
+  norm: false
+  temperature: 0.1
 vicreg:
   dim: 8192
   hidden: 8192
@@ -257,6 +262,8 @@ def open_pairs(config, processes):
     if len(loader) < config['accumulate']:
         raise Fail(f"batch_size: {config['batch_size']} is more than the {loader.sidecar['samples']} images of "
                    f"{data['beton']}")
+    if METHODS[config['method']].labelled and loader.metadata['f2'].min() < 0:
+        raise Fail(f"method: {config['method']} needs labels, and images of {data['beton']} have none (-1)")
     return loader
 
 
@@ -479,11 +486,12 @@ def main(config):
                 batch = next(batches)
                 waited += time.perf_counter() - asked
                 views = [view.to(device, non_blocking=True) for view in batch['views']]
+                labels = (batch['label'].to(device),) if model.labelled else ()
                 last = micro_batch + 1 == accumulate
                 with nullcontext() if last or wrapped is model else wrapped.no_sync():
                     with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
                         weights, qualities = quality(*views[:2]) if quality else (1.0, None)
-                        loss, extra, figures = wrapped(views, step, look)
+                        loss, extra, figures = wrapped(views, step, look, *labels)
                     loss = ((loss * weights).mean() + extra) / accumulate
                     scaler.scale(loss).backward()
                 losses[-1] += loss.detach()

@@ -20,7 +20,7 @@ import models  # noqa: E402
 import pretrain  # noqa: E402
 from checkpoints import load_backbone, save_backbone  # noqa: E402
 from config import Fail, load_config  # noqa: E402
-from loss import info_nce_batch, nt_xent, quality_weights, sinkhorn, swapped_prediction  # noqa: E402
+from loss import info_nce_batch, nt_xent, quality_weights, sinkhorn, sup_con, swapped_prediction  # noqa: E402
 from models import (BYOL, METHODS, NNCLR, VITS, MoCoV2, MoCoV3, SimCLR, SimSiam, SplitBatchNorm2d,  # noqa: E402
                     ViT, build_backbone, cosine, mixing, synchronize_batch_norm)
 
@@ -33,7 +33,7 @@ TINY = {'mocov2': ('moco.dim=16', 'moco.queue=32', 'moco.momentum=0.9', 'moco.bn
         'simsiam': ('simsiam.dim=32', 'simsiam.hidden=16'),
         'swav': ('swav.dim=16', 'swav.hidden=32', 'swav.prototypes=12', 'swav.queue=8', 'swav.queue_from_epoch=0',
                  'swav.freeze_prototypes=1', 'small_crops.count=2', 'small_crops.size=12'),
-        'simclr': ('simclr.dim=16',), 'vicreg': ('vicreg.dim=32', 'vicreg.hidden=32'),
+        'simclr': ('simclr.dim=16',), 'supcon': ('supcon.dim=16',), 'vicreg': ('vicreg.dim=32', 'vicreg.hidden=32'),
         'nnclr': ('nnclr.dim=16', 'nnclr.hidden=32', 'nnclr.queue=32', 'backbone.zero_init_residual=true')}
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -55,6 +55,10 @@ def views_of(config, n, seed=0):
     return [torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=generator) for size in sizes]
 
 
+def labels_of(model, mine=slice(None)):
+    return (torch.tensor([0, 1, 2, 0, 1, 1, 3, 0])[mine],) if model.labelled else ()
+
+
 def steps(config, rank, world, weighted):
     """Two steps on the same global batches of 8 for any world, as pretrain.py makes them: losses, model, figures."""
     torch.manual_seed(0)
@@ -70,7 +74,7 @@ def steps(config, rank, world, weighted):
         for group in optimizer.param_groups:
             group['lr'] = config['optimizer']['lr']
         model.before_step(step)
-        loss, extra, figures = wrapped(views, step, step == 1)
+        loss, extra, figures = wrapped(views, step, step == 1, *labels_of(model, mine))
         assert loss.shape == (8 // world,) and extra.shape == () and bool(figures) == (step == 1)
         optimizer.zero_grad()
         total = (loss * weights).mean() + extra
@@ -143,7 +147,7 @@ def test_half_precision_gives_float32_losses_near_those_of_float32(empty, method
         model = pretrain.build_model(config, 2)
         model.before_step(0)
         with torch.autocast('cpu', torch.bfloat16, enabled=enabled):
-            loss, extra, _ = model(views_of(config, 8), 0)
+            loss, extra, _ = model(views_of(config, 8), 0, False, *labels_of(model))
         (loss.mean() + extra).backward()
         assert loss.dtype == torch.float32
         assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
@@ -174,11 +178,12 @@ def size(module):
     ('simsiam', 'resnet50', (23_508_032, 3 * 2048 ** 2 + 4 * 2048 + 2048, 2048 * 512 + 2 * 512 + 513 * 2048)),
     ('swav', 'resnet50', (23_508_032, 2049 * 2048 + 2 * 2048 + 2049 * 128, 0)),
     ('simclr', 'resnet50', (23_508_032, 2048 ** 2 + 2 * 2048 + 2048 * 128 + 2 * 128, 0)),
+    ('supcon', 'resnet50', (23_508_032, 2048 * 2049 + 2049 * 128, 0)),
     ('vicreg', 'resnet50', (23_508_032, 2049 * 8192 + 8193 * 8192 + 4 * 8192 + 8192 ** 2, 0)),
     ('nnclr', 'resnet50', (23_508_032, 2 * 2049 * 2048 + 4 * 2048 + 2049 * 256 + 2 * 256,
                            257 * 4096 + 2 * 4096 + 4097 * 256))])
 def test_number_of_parameters(method, arch, expected):
-    model = on_meta(method, arch)
+    model = on_meta(method, arch, **{'norm': False} if method == 'supcon' else {})
     assert (size(model.backbone), size(model.projector), size(getattr(model, 'predictor', nn.Identity()))) == expected
     if method == 'simsiam':
         assert size(model) == 38_201_408
@@ -468,6 +473,16 @@ def test_swav_predicts_the_codes_of_a_large_crop_from_all_other_crops(empty):
     assert 0 <= figures['assignment_entropy'] <= 1
     assert model.figures(torch.ones(8, 16), torch.eye(1, 12).repeat(8, 1))['assignment_entropy'] == 0
     assert model.figures(torch.ones(8, 16), torch.eye(12)[:8])['assignment_entropy'] == pytest.approx(1)
+
+
+def test_supcon_takes_all_views_of_the_label_as_positives(empty):
+    model, views = pretrain.build_model(config_of(empty, 'supcon'), 2), pair(8)
+    assert kinds(model.projector) == 'Lb R Lb' and model.backbone.layer2[1].bn2.weight.all()
+    z1, z2 = F.normalize(model.projector(model.features(torch.cat(views))), dim=1).chunk(2)
+    labels = torch.tensor([5, 0, 5, 2, 0, 1, 5, 3])
+    assert torch.allclose(model(views, 0, False, labels)[0], sup_con(z1, z2, labels, 0.1) / 0.7, atol=1e-4)
+    alone = model(views, 0, False, torch.arange(8))[0]         # a positive each: SimCLR's loss, but for the factor
+    assert torch.allclose(alone, nt_xent(z1, z2, 0.1) / 0.7, atol=1e-4)
 
 
 def test_vicreg_keeps_the_weights_off_variance_and_covariance(empty):

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import models  # noqa: E402
 import pretrain  # noqa: E402
 from checkpoints import load_backbone  # noqa: E402
 from common import StopSignal  # noqa: E402
@@ -22,6 +23,7 @@ from config import Fail, load_config  # noqa: E402
 from files import load_checkpoint  # noqa: E402
 from conftest import held  # noqa: E402
 from data import write_beton  # noqa: E402
+from loss import nt_xent  # noqa: E402
 from models import METHODS, VITS  # noqa: E402
 
 ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1'}
@@ -34,6 +36,7 @@ METHOD = {
     'simsiam': ('simsiam.dim=32', 'simsiam.hidden=16', 'accumulate=2'),
     'swav': ('swav.dim=16', 'swav.hidden=32', 'swav.prototypes=12', 'swav.queue=32', 'swav.queue_from_epoch=0',
              'swav.freeze_prototypes=2', 'small_crops.count=2', 'small_crops.size=12', 'optimizer.name=lars'),
+    'supcon': ('supcon.dim=16',),
     'simclr': ('simclr.dim=16', 'simclr.negative_mixing=1.6', 'optimizer.name=lars'),
     'vicreg': ('vicreg.dim=32', 'vicreg.hidden=32', 'optimizer.name=lars'),
     'nnclr': ('nnclr.dim=16', 'nnclr.hidden=32', 'nnclr.queue=32')}
@@ -162,13 +165,26 @@ def test_every_method_trains_and_resumes_bit_exactly(workplace, tmp_path, monkey
     log = lines(tmp_path / 'once')
     assert all(np.isfinite(line['loss']) and 0.05 < line['feature_std_ratio'] < 1.5 for line in log)
     assert {'contrastive_top1', 'assignment_entropy'} & set(log[0]) == {
-        'mocov2': {'contrastive_top1'}, 'mocov3': {'contrastive_top1'}, 'simclr': {'contrastive_top1'},
-        'nnclr': {'contrastive_top1'}, 'swav': {'assignment_entropy'}}.get(method, set())
+        **dict.fromkeys(('mocov2', 'mocov3', 'simclr', 'supcon', 'nnclr'), {'contrastive_top1'}),
+        'swav': {'assignment_entropy'}}.get(method, set())
     module, info = load_backbone(tmp_path / 'once/backbone.pt')
     first = load_backbone(tmp_path / 'once/backbone_init.pt')[0].state_dict()
     assert module.feature_dim == info['feature_dim'] and info['image_size'] == 16
     moved = {key for key, value in module.state_dict().items() if not torch.equal(value, first[key])}
     assert moved and not moved & {'pos_embed', 'patch_embed.proj.weight'}
+
+
+def test_labels_of_the_batch_reach_supcon(workplace, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(models, 'sup_con', lambda z1, z2, labels, *_: seen.append(labels) or nt_xent(z1, z2, 0.1))
+    pretrain.main(config_of(workplace, 'method=supcon', f'output={tmp_path}/out'))
+    loader = pretrain.open_pairs(config_of(workplace), pretrain.Processes('cpu'))
+    assert torch.equal(torch.cat(seen), torch.cat([batch['index'] for batch in loader.epoch(0)]) % 3)
+    write_beton(tmp_path / 'none.beton', lambda i: (np.zeros((16, 16, 3), np.uint8), None, -1, i, -1), 16, {})
+    with pytest.raises(Fail, match='method: supcon needs labels, and images of .*none.beton have none') as error:
+        pretrain.main(config_of(workplace, 'method=supcon', f'data.beton={tmp_path}/none.beton',
+                                f'output={tmp_path}/none'))
+    assert '\n' not in str(error.value) and not (tmp_path / 'none').exists()
 
 
 def test_several_betons_are_one_training_set(workplace, tmp_path):
