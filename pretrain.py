@@ -73,6 +73,8 @@ view_1:                 # augmentation of the query; MoCo v2's and SimSiam's rec
   blur_prob: 0.5
   blur_sigma: [0.1, 2.0]        # pixels
   solarize_prob: 0.0
+  randaugment: 0                # operations of timm's RandAugment, after the blur and before the grey (InfoMin: 2)
+  randaugment_magnitude: [10, 0.5]  # mean and standard deviation, of 10
 view_2:                 # augmentation of the key
   crop_scale: [0.2, 1.0]
   flip: 0.5
@@ -82,6 +84,8 @@ view_2:                 # augmentation of the key
   blur_prob: 0.5
   blur_sigma: [0.1, 2.0]
   solarize_prob: 0.0
+  randaugment: 0
+  randaugment_magnitude: [10, 0.5]
 small_crops:            # multi-crop, SwAV alone; the other augmentations are those of view_1 and view_2 in turn
   count: 0              # 6 as published
   size: 96              # pixels

@@ -106,6 +106,7 @@ ROWS = [  # paper, table, file, numbers of its first line: every pretraining row
     ('GenCL', 'Tables 2 and 3', 'in1k_vicreg_gencl', ['65.8', '86.6']),
     ('COP-Gen', 'Table 1', 'in1k_simclr_copgen', ['49.44', '75.58']),
     ('COP-Gen', 'Table 1', 'in1k_simclr_negft_copgen', ['"Neg FT"', '50.82', '75.09']),
+    ('COP-Gen', 'Table 1', 'in1k_simclr_infomin_copgen', ['"InfoMin aug"', '50.93', '75.87']),
     ('COP-Gen', 'Table 1', 'in1k_nnclr_copgen', ['"NNCLR"', '51.97', '76.80']),
     ('Hierarchical-latent', 'Table 2', 'in1k_simsiam_hl', ['49.1', '74.2']),
     ('Hierarchical-latent', 'Table 3', 'lsuncars_simsiam_hl', ['33.4 +- 0.8'])]
@@ -198,6 +199,8 @@ OFFICIAL = {
         'vicreg.variance': 25, 'vicreg.covariance': 1}),
     'in1k_simclr_copgen': (0, 2.625e-5, *NO_BLUR, {**COP_GEN, **COP_GEN_SIMCLR, 'simclr.negative_mixing': 0}),
     'in1k_simclr_negft_copgen': (0, 2.625e-5, *NO_BLUR, {**COP_GEN, **COP_GEN_SIMCLR, 'simclr.negative_mixing': 1.6}),
+    'in1k_simclr_infomin_copgen': (0, 2.625e-5, 0.2, [0.8, 0.8, 0.8, 0.2], (0.5, 0.5), (0, 0), {
+        **COP_GEN, **COP_GEN_SIMCLR, 'view_1.randaugment': 2, 'view_2.randaugment': 2}),
     'in1k_nnclr_copgen': (0, 2.625e-5, *NO_BLUR, {**COP_GEN, 'method': 'nnclr', 'nnclr.dim': 256, 'nnclr.hidden': 4096,
                                                   'nnclr.queue': 98336, 'nnclr.temperature': 0.1}),
     'in1k_simsiam_hl': (10, 0.02, *NO_BLUR, {'batch_size': 1024, 'optimizer.lr': 0.2}),
@@ -219,7 +222,8 @@ def test_what_the_paper_leaves_open_is_as_in_the_official_codes(pattern):
             recipe = config('pretrain', name)[view]
             assert recipe == {
                 'crop_scale': [crop, 1.0], 'flip': 0.5, 'jitter': jitter, 'jitter_prob': 0.8, 'gray_prob': 0.2,
-                'blur_prob': blur[k], 'blur_sigma': [0.1, 2.0], 'solarize_prob': solarize[k]}
+                'blur_prob': blur[k], 'blur_sigma': [0.1, 2.0], 'solarize_prob': solarize[k],
+                'randaugment': keys.get(f'{view}.randaugment', 0), 'randaugment_magnitude': [10, 0.5]}
         if warmup is not None:
             assert (values['optimizer.warmup_epochs'], values['optimizer.final_lr']) == (warmup, final)
 
@@ -281,7 +285,9 @@ def test_baseline_differs_in_nothing_but_alpha_and_quality(name):
 
 def test_rows_of_cop_gens_table_1_differ_in_what_they_are_named_after():
     base, blocks = 'in1k_simclr_copgen', ('simclr.', 'nnclr.')
-    for name, keys in (('in1k_simclr_negft_copgen', {'simclr.negative_mixing'}), ('in1k_nnclr_copgen', {'method'})):
+    views = {f'{view}.{key}' for view in ('view_1', 'view_2') for key in ('jitter', 'blur_prob', 'randaugment')}
+    for name, keys in (('in1k_simclr_negft_copgen', {'simclr.negative_mixing'}), ('in1k_nnclr_copgen', {'method'}),
+                       ('in1k_simclr_infomin_copgen', views)):
         found = {key for key in different(base, name) if name != 'in1k_nnclr_copgen' or not key.startswith(blocks)}
         assert found == {'output', *keys}, name
 
