@@ -6,8 +6,9 @@ views.
 
 Kernels are compiled once per machine (numba caches them beside this file); parameters are arguments. Every random
 number is a hash of (seed, epoch, index of the image, view): pixels do not depend on the number of threads, processes or
-on where a run was resumed. The arithmetic is that of torchvision's transforms on PIL images, bit for bit except the
-blur (one level in 0.03 % of the values) and, since Pillow 13, some resizes (one level, see `_resize`).
+on where a run was resumed. The arithmetic is that of torchvision's transforms and timm's RandAugment on PIL images, bit
+for bit except the blur (one level in 0.03 % of the values), since Pillow 13 some resizes (one level, see `_resize`) and
+a few pixels of a rotation (one level: it cuts decimals off, and sine and cosine may differ in their last digit).
 
 Images are uint8; `p` is planar, (3, n) with n pixels, because three contiguous planes vectorise.
 """
@@ -45,8 +46,13 @@ JIT = dict(cache=cacheable(), nogil=True, error_model='numpy')
 IMAGE, VIEW = 0, 1                                       # the two sources of a sample
 SHORT_READ, BAD_JPEG = 1, 2                              # what can go wrong with a sample while reading
 # columns of a recipe row and of the parameters drawn from it
-SIZE, RESIZE, SCALE_LO, SCALE_HI, FLIP, JITTER, B, C, S, H, GRAY, BLUR, SIGMA_LO, SIGMA_HI, SOLARIZE = range(15)
-TOP, LEFT, HEIGHT, WIDTH, FLIPPED, ORDER, FB, FC, FS, FH, GRAYED, SIGMA, SOLARIZED = range(13)
+(SIZE, RESIZE, SCALE_LO, SCALE_HI, FLIP, JITTER, B, C, S, H, GRAY, BLUR, SIGMA_LO, SIGMA_HI, SOLARIZE, RANDAUGMENT,
+ MAGNITUDE, SPREAD) = range(18)
+TOP, LEFT, HEIGHT, WIDTH, FLIPPED, ORDER, FB, FC, FS, FH, GRAYED, SIGMA, SOLARIZED, OPS = range(14)
+# RandAugment's operations in the order of timm's list; from OPS on stand (operation or -1, level, cubic) of each drawn
+(AUTOCONTRAST, EQUALIZE, INVERT, ROTATE, POSTERIZE, SOLARIZE_FROM, SOLARIZE_ADD, COLOR, CONTRAST, BRIGHTNESS, SHARPNESS,
+ SHEAR_X, SHEAR_Y, TRANSLATE_X, TRANSLATE_Y) = range(15)
+FILL = np.array([124, 116, 104], np.uint8)               # ImageNet's mean, where an operation moves in from outside
 # columns of the table of samples: for each source offset, bytes, height, width, is_jpeg; then
 FILE, KEY, HAS_VIEW = 10, 11, 12                         # FILE: which beton; KEY: what the random numbers hang on
 ORDERS = np.array([(a, b, c, 6 - a - b - c) for a in range(4) for b in range(4) for c in range(4)
@@ -102,8 +108,10 @@ def choose(seed, epoch, keys, counts):                  # which of its views a s
 @njit(**JIT)
 def _draw(key, recipe, height, width):
     """Parameters of one view of a (height, width) image: the distributions of torchvision's RandomResizedCrop,
-    RandomHorizontalFlip, RandomApply([ColorJitter]), RandomGrayscale, RandomApply([GaussianBlur]), RandomSolarize."""
-    p = np.zeros(13, np.float64)
+    RandomHorizontalFlip, RandomApply([ColorJitter]), RandomGrayscale, RandomApply([GaussianBlur]), RandomSolarize, and
+    timm's RandAugment, which draws with replacement and applies every other one."""
+    operations = int(recipe[RANDAUGMENT])
+    p = np.zeros(OPS + 3 * operations, np.float64)
     if recipe[SCALE_HI] > 0:
         found = False
         lo, hi = math.log(3 / 4), math.log(4 / 3)
@@ -138,6 +146,14 @@ def _draw(key, recipe, height, width):
     if _uniform(key, 48) < recipe[BLUR]:
         p[SIGMA] = recipe[SIGMA_LO] + (recipe[SIGMA_HI] - recipe[SIGMA_LO]) * _uniform(key, 49)
     p[SOLARIZED] = _uniform(key, 50) < recipe[SOLARIZE]
+    for k in range(operations):
+        at, n = OPS + 3 * k, 51 + 6 * k
+        normal = math.sqrt(-2 * math.log(1 - _uniform(key, n + 2))) * math.cos(2 * math.pi * _uniform(key, n + 3))
+        level = min(max(recipe[MAGNITUDE] + recipe[SPREAD] * normal, 0.0), 10.0)
+        p[at] = int(_uniform(key, n) * 15) if _uniform(key, n + 1) < 0.5 else -1
+        p[at + 1] = -level if p[at] in (ROTATE, SHEAR_X, SHEAR_Y, TRANSLATE_X, TRANSLATE_Y) \
+            and _uniform(key, n + 4) < 0.5 else level
+        p[at + 2] = _uniform(key, n + 5) < 0.5
     return p
 
 
@@ -360,6 +376,109 @@ def _blur(p, size, sigma, scratch):
 
 
 @njit(**JIT)
+def _tone(p, operation, level):
+    """The operations of RandAugment that map the levels of each channel: PIL's ImageOps, exactly."""
+    table, count = np.empty(256, np.uint8), np.empty(256, np.int64)
+    bits, start, more = int(level / 10 * 4), int(level / 10 * 256), int(level / 10 * 110)
+    for c in range(3):
+        plane = p[c]
+        count[:] = 0
+        for i in range(plane.size):
+            count[plane[i]] += 1
+        lo, hi = 0, 255
+        while count[lo] == 0:
+            lo += 1
+        while count[hi] == 0:
+            hi -= 1
+        step = (plane.size - count[hi]) // 255
+        seen, scale = step // 2, 255 / max(hi - lo, 1)
+        for v in range(256):
+            new = v
+            if operation == AUTOCONTRAST and hi > lo:
+                new = int(v * scale - lo * scale)
+            elif operation == EQUALIZE and step:
+                new, seen = seen // step, seen + count[v]
+            elif operation == INVERT or (operation == SOLARIZE_FROM and v >= start):
+                new = 255 - v
+            elif operation == POSTERIZE:                 # the TPU's: more bits are kept at higher levels
+                new = v & ~((1 << (8 - bits)) - 1)
+            elif operation == SOLARIZE_ADD and v < 128:
+                new = v + more
+            table[v] = min(max(new, 0), 255)
+        for i in range(plane.size):
+            plane[i] = table[plane[i]]
+
+
+@njit(**JIT)
+def _sharpness(p, size, factor):
+    factor, source = np.float32(factor), p.copy()
+    for c in range(3):
+        old, new = source[c], p[c]
+        for y in range(1, size - 1):                     # at the border PIL's filter changes nothing
+            for i in range(y * size + 1, y * size + size - 1):
+                total = 4 * np.int32(old[i])
+                for j in (i - size, i, i + size):
+                    total += np.int32(old[j - 1]) + np.int32(old[j]) + np.int32(old[j + 1])
+                new[i] = _blend(np.float32((2 * total + 13) // 26), old[i], factor)
+
+
+@njit(**JIT)
+def _between(a, b, c, d, t, cubic):                      # the value at t between b and c, as PIL sums it up
+    a, b, c, d = float(a), float(b), float(c), float(d)
+    return b + t * (c - a + t * (2 * (a - b) + c - d + t * (b - a - c + d))) if cubic else b + (c - b) * t
+
+
+@njit(**JIT)
+def _affine(p, size, a, b, c, d, e, f, cubic):
+    """PIL's Image.transform: pixel (x, y) comes from (a x + b y + c, d x + e y + f), bilinear or cubic, else FILL."""
+    source, down, taps = p.copy(), np.empty(4), 4 if cubic else 2
+    for y in range(size):
+        for x in range(size):
+            u, v = a * (x + 0.5) + b * (y + 0.5) + c, d * (x + 0.5) + e * (y + 0.5) + f
+            if not (0 <= u < size and 0 <= v < size):
+                for channel in range(3):
+                    p[channel, y * size + x] = FILL[channel]
+                continue
+            left, top = math.floor(u - 0.5), math.floor(v - 0.5)
+            right, below = u - 0.5 - left, v - 0.5 - top
+            x0, x1, x2, x3 = max(left - 1, 0), max(left, 0), min(left + 1, size - 1), min(left + 2, size - 1)
+            for channel in range(3):
+                for j in range(2 - taps // 2, 2 + taps // 2):
+                    row = source[channel, min(max(top + j - 1, 0), size - 1) * size:]
+                    down[j] = _between(row[x0], row[x1], row[x2], row[x3], right, cubic)
+                total = _between(down[0], down[1], down[2], down[3], below, cubic)
+                p[channel, y * size + x] = np.uint8(min(max(total, 0.0), 255.0))
+
+
+@njit(**JIT)
+def _randaugment(p, size, operation, level, cubic):
+    """One of timm's operations of RandAugment, in place. level: 0 to 10, with a sign where it turns or moves."""
+    share, factor = level / 10, level / 10 * 1.8 + 0.1
+    if operation == COLOR:
+        _saturation(p, factor)
+    elif operation == CONTRAST:
+        _contrast(p, factor)
+    elif operation == BRIGHTNESS:
+        _brightness(p, factor)
+    elif operation == SHARPNESS:
+        _sharpness(p, size, factor)
+    elif operation == ROTATE:
+        turn = -math.radians(30 * share)
+        a, b, middle = round(math.cos(turn), 15), round(math.sin(turn), 15), size / 2
+        _affine(p, size, a, b, -a * middle - b * middle + middle, -b, a, b * middle - a * middle + middle, cubic)
+    elif operation == SHEAR_X:
+        _affine(p, size, 1.0, 0.3 * share, 0.0, 0.0, 1.0, 0.0, cubic)
+    elif operation == SHEAR_Y:
+        _affine(p, size, 1.0, 0.0, 0.0, 0.3 * share, 1.0, 0.0, cubic)
+    elif operation == TRANSLATE_X:
+        _affine(p, size, 1.0, 0.0, 0.45 * share * size, 0.0, 1.0, 0.0, cubic)
+    elif operation == TRANSLATE_Y:
+        _affine(p, size, 1.0, 0.0, 0.0, 0.0, 1.0, 0.45 * share * size, cubic)
+    elif operation >= 0:
+        _tone(p, operation, level)
+
+
+@njit(**JIT)
 def _augment(image, height, width, recipe, d, rows, planes, floats, out):
     """One view of an interleaved image (flat uint8) into out (flat, size * size * 3): `d` is what `_draw` returned."""
     size = int(recipe[SIZE])
@@ -379,10 +498,15 @@ def _augment(image, height, width, recipe, d, rows, planes, floats, out):
             _saturation(p, d[FS])
         elif k == 3 and d[FH] != 0:
             _hue(p, d[FH])
-    if d[GRAYED]:
+    operations = (len(d) - OPS) // 3
+    if d[GRAYED] and not operations:
         _grayscale(p)
     if d[SIGMA] > 0:
         _blur(p, size, d[SIGMA], floats)
+    for k in range(OPS, len(d), 3):
+        _randaugment(p, size, d[k], d[k + 1], d[k + 2] > 0)
+    if d[GRAYED] and operations:                         # InfoMin's order
+        _grayscale(p)
     if d[SOLARIZED]:
         _solarize(p)
     r, g, b = p[0], p[1], p[2]
@@ -429,7 +553,7 @@ def render(io, table, first, last, seed, epoch, alpha, swap, recipes, offsets, f
 # Recipes
 
 _CHANCE = (0, lambda p: 0 <= p <= 1, 'a probability')
-RECIPE = {                                               # default, test, meaning; in the order of SIZE ... SOLARIZE
+RECIPE = {                                               # default, test, meaning; in the order of SIZE ... SPREAD
     'size': (None, lambda s: 1 <= s <= 1024 and s % 1 == 0, 'a number of pixels, 1 to 1024'),
     'resize': (None, lambda s: 1 <= s <= 4096 and s % 1 == 0, 'a number of pixels from size to 4096'),
     'crop_scale': (None, lambda lo, hi: 0 < lo <= hi <= 1 or lo == hi == 0, 'null or [lo, hi] with 0 < lo <= hi <= 1'),
@@ -438,7 +562,10 @@ RECIPE = {                                               # default, test, meanin
                '[brightness, contrast, saturation, hue], none below 0, hue up to 0.5'),
     'gray_prob': _CHANCE, 'blur_prob': _CHANCE,
     'blur_sigma': ([0.1, 2.0], lambda lo, hi: 0 < lo <= hi <= 100, '[lo, hi] in pixels with 0 < lo <= hi <= 100'),
-    'solarize_prob': _CHANCE}
+    'solarize_prob': _CHANCE,
+    'randaugment': (0, lambda n: 0 <= n <= 100 and n % 1 == 0, 'a number of operations, 0 to 100'),
+    'randaugment_magnitude': ([10.0, 0.5], lambda mean, std: 0 <= mean <= 10 and 0 <= std <= 100,
+                              '[mean, standard deviation] with a mean from 0 to 10')}
 
 
 def recipe_row(recipe, where):

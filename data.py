@@ -257,7 +257,8 @@ class PairLoader:
                  synthetic images, say (GenView Table 4). `index` stays that of the beton a sample comes from
     views        one recipe per view: size (pixels), crop_scale [lo, hi] (share of the area; null: the shorter side is
                  resized to `resize`, the centre cut out), flip, jitter [brightness, contrast, saturation, hue],
-                 jitter_prob, gray_prob, blur_prob, blur_sigma [lo, hi], solarize_prob. What is left out is off.
+                 jitter_prob, gray_prob, blur_prob, blur_sigma [lo, hi], solarize_prob, randaugment (operations),
+                 randaugment_magnitude [mean, standard deviation]. What is left out is off.
     alpha        probability that one view of a sample is cut from its synthetic image (GenView sec. 3.2)
     swap         which of the first two views: 'random' (each sample and epoch anew, as GenView's code), 'first',
                  'second'. A sample without a synthetic image takes every view from the original. Further views, the

@@ -2,7 +2,8 @@
 
     MoCo v2   info_nce           SimSiam, BYOL   negative_cosine                   VICReg    vicreg
     MoCo v3   info_nce_batch     SwAV            sinkhorn, swapped_prediction      SupCon    sup_con
-    SimCLR    nt_xent            GenView         foreground_map, pair_quality, quality_weights
+    SimCLR    nt_xent
+    NNCLR     nnclr              GenView         foreground_map, pair_quality, quality_weights
 
 A loss returns one value per sample, shape (B,); the weights multiply it and the mean comes last:
 
@@ -93,6 +94,25 @@ def info_nce_batch(query, key, temperature):
         return F.cross_entropy(query.float() @ keys.T / temperature, labels, reduction='none')
 
 
+def nnclr(projection, prediction, queue, temperature):
+    """NNCLR (arXiv 2104.14548, eq. 3), one direction; the method is the mean of both (algorithm 1). Returns (B,).
+
+    projection: (B, D) of one view; prediction: (B, D) of the predictor from the other view; queue: (K, D), projections
+    of the past. Rows of all three L2-normalised by the caller. The anchors are the rows of the queue that are nearest
+    to the projections, their negatives the other predictions of the global batch. Gradients reach predictions alone.
+
+    >>> eye = torch.eye(2)
+    >>> nnclr(2 * eye / 3, eye, eye, temperature=1.0)       # log(e^1 + e^0) - 1
+    tensor([0.3133, 0.3133])
+    """
+    with _float32(prediction):
+        queue = queue.detach().float()
+        neighbour = queue[(projection.detach().float() @ queue.T).argmax(1)]
+        predictions, first = _gather(prediction.float())
+        labels = first + torch.arange(len(prediction), device=prediction.device)
+        return F.cross_entropy(neighbour @ predictions.T / temperature, labels, reduction='none')
+
+
 def _two_view_logits(z1, z2, temperature):
     """Both views' rows against those of all processes, (2B, 2N), -inf against themselves; and where own rows begin."""
     rows = torch.cat([z1.float(), z2.float()])
@@ -102,11 +122,15 @@ def _two_view_logits(z1, z2, temperature):
     return logits, first
 
 
-def nt_xent(z1, z2, temperature):
+def nt_xent(z1, z2, temperature, mixing=None):
     """NT-Xent of SimCLR (arXiv 2002.05709, eq. 1), per sample the mean of its two directions. Returns (B,).
 
     z1, z2: (B, D), rows L2-normalised by the caller. Every row is an anchor; its positive is the other view, its
     negatives are both views of all other samples of the global batch. Gradients reach all of them.
+
+    mixing: (share, partner) for negative feature transformation (arXiv 2108.02982): negative j is share * z_j + (1 -
+    share) * z_partner[j], not normalised again. partner: (2N,) permutation of the global batch, first views
+    before second ones. That paper mixes a queue; here a negative whose partner is the anchor or its positive stays.
 
     >>> z1, z2 = torch.eye(2), torch.eye(2)
     >>> nt_xent(z1, z2, temperature=1.0)                    # log(e^1 + e^0 + e^0) - 1
@@ -115,6 +139,15 @@ def nt_xent(z1, z2, temperature):
     with _float32(z1):
         logits, first = _two_view_logits(z1, z2, temperature)
         positive = first + torch.arange(len(logits), device=z1.device).roll(len(z1))    # z1[i] <-> z2[i]
+        if mixing:
+            share, partner = mixing[0], mixing[1].to(z1.device)
+            column = torch.arange(len(partner), device=z1.device)                       # (process, view, sample) as
+            column = column.view(-1, 2, len(z1)).transpose(0, 1).flatten()              # (view, process, sample)
+            other = torch.empty_like(column).scatter_(0, column, column[partner])       # of each column of the logits
+            own = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, positive[:, None], True)
+            own.diagonal(first).fill_(True)
+            mixed = share * logits + (1 - share) * logits[:, other]                     # linear: logits mix as rows do
+            logits = torch.where(own | own[:, other], logits, mixed)
         return F.cross_entropy(logits, positive, reduction='none').view(2, -1).mean(0)
 
 

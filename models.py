@@ -1,5 +1,5 @@
 """Backbones, batch norm over the global batch, and the SSL methods as nn.Modules (METHODS: MoCo v2, MoCo v3, BYOL,
-SimSiam, SwAV, SimCLR, VICReg)."""
+SimSiam, SwAV, SimCLR, SupCon, VICReg, NNCLR)."""
 import math
 import sys
 import warnings
@@ -7,6 +7,7 @@ from copy import deepcopy
 from functools import partial
 from itertools import groupby
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -16,7 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from config import Fail
-from loss import info_nce, info_nce_batch, negative_cosine, nt_xent, sinkhorn, swapped_prediction, vicreg
+from loss import (info_nce, info_nce_batch, negative_cosine, nnclr, nt_xent, sinkhorn, sup_con, swapped_prediction,
+                  vicreg)
 
 
 def normalize(images, mean, std):
@@ -243,9 +245,11 @@ def cosine(start, end, step, total):
 
 
 @torch.no_grad()
-def follow(slow, fast, momentum):
+def follow(model, momentum):
     """Exponential moving average of the parameters alone: batch norm keeps statistics of its own."""
-    torch._foreach_lerp_(list(slow.parameters()), list(fast.parameters()), 1 - momentum)
+    for part in ('backbone', 'projector'):
+        slow, fast = (list(getattr(model, prefix + part).parameters()) for prefix in ('momentum_', ''))
+        torch._foreach_lerp_(slow, fast, 1 - momentum)
 
 
 @torch.no_grad()
@@ -263,6 +267,13 @@ def batch_top1(query, key):
     return (nearest == rank() * len(query) + torch.arange(len(query), device=query.device)).float().mean()
 
 
+def mixing(a, seed, step, rows):
+    """How the negatives of a step are mixed (arXiv 2108.02982): one share ~ Beta(a, a), and partners (rows,). From seed
+    and step alone: the same on all processes and after a break. a = 0: None."""
+    draw = np.random.default_rng((seed, step))
+    return (draw.beta(a, a), torch.from_numpy(draw.permutation(rows))) if a else None
+
+
 class Method(nn.Module):
     """What the methods share. A step is: before_step(step), forward once per micro-batch, backward, grad = None for the
     parameters in frozen(step), optimizer, after_step(step).
@@ -274,6 +285,7 @@ class Method(nn.Module):
     backbone: keywords of build_backbone, zero_init_residual null for the method's own. mean, std: normalisation of the
     views, 3 floats each. total_steps, steps_per_epoch: for schedules, which are functions of the step alone."""
     sync_bn = True                  # batch norm over the global batch
+    labelled = False                # forward takes the labels (B,) of the samples too
     zero_init_residual = False      # as torchvision's ResNets start, unless the official code says otherwise
     fix_predictor_lr = False        # the predictor's learning rate stays at its start
 
@@ -291,11 +303,14 @@ class Method(nn.Module):
     def features(self, view):
         return self.backbone(normalize(view, self.mean, self.std))
 
+    @torch.no_grad()
+    def target(self, view):
+        return self.momentum_projector(self.momentum_backbone(normalize(view, self.mean, self.std)))
+
     def before_step(self, step):
         pass
 
-    def after_step(self, step):
-        pass
+    after_step = before_step
 
     def frozen(self, step):
         return ()
@@ -310,11 +325,11 @@ class MoCoV2(Method):
     bn_splits: batch norm sees the global batch in this many groups, and the keys are shuffled between the groups, so
     that a query and its key share no statistics that would give the pair away. The groups are spread over the
     processes: the result does not depend on how many there are.
-    """
+    negative_mixing: 0, or a: every key of the queue is mixed with another one, see `mixing`; the positives are not."""
     sync_bn = False
 
     def __init__(self, backbone, dim=128, queue=65536, momentum=0.999, temperature=0.2, bn_splits=8, symmetric=False,
-                 **common):
+                 negative_mixing=0.0, **common):
         splits = bn_splits // world_size()
         super().__init__(backbone, partial(SplitBatchNorm2d, splits=splits) if splits > 1 else None, **common)
         width = self.backbone.feature_dim
@@ -322,14 +337,13 @@ class MoCoV2(Method):
         self.momentum_backbone = deepcopy(self.backbone).requires_grad_(False)
         self.momentum_projector = deepcopy(self.projector).requires_grad_(False)
         self.momentum, self.temperature, self.symmetric = momentum, temperature, symmetric
-        self.shuffle = bn_splits > 1
+        self.shuffle, self.negative_mixing = bn_splits > 1, negative_mixing
         self.register_buffer('queue', F.normalize(torch.randn(queue, dim), dim=1))
         self.register_buffer('queue_pointer', torch.zeros((), dtype=torch.long))
 
     def before_step(self, step):
         """The keys come from encoders that already follow the last step, as in the official code."""
-        follow(self.momentum_backbone, self.backbone, self.momentum)
-        follow(self.momentum_projector, self.projector, self.momentum)
+        follow(self, self.momentum)
 
     @torch.no_grad()
     def keys(self, images, order):
@@ -339,8 +353,7 @@ class MoCoV2(Method):
         local = len(images)
         if self.shuffle:
             images = gather(images)[order[rank() * local:(rank() + 1) * local]]
-        keys = self.momentum_projector(self.momentum_backbone(normalize(images, self.mean, self.std)))
-        keys = gather(F.normalize(keys.float(), dim=1))
+        keys = gather(F.normalize(self.target(images).float(), dim=1))
         return keys[order.argsort()] if self.shuffle else keys
 
     @torch.no_grad()
@@ -356,11 +369,14 @@ class MoCoV2(Method):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         order = torch.randperm(len(view_1) * world_size(), generator=generator).to(view_1.device)
         mine = slice(rank() * len(view_1), (rank() + 1) * len(view_1))
-        loss, all_keys, figures = 0, [], {}
+        loss, all_keys, figures, queue = 0, [], {}, self.queue
+        if self.negative_mixing:
+            share, partner = mixing(self.negative_mixing, self.seed, step, len(queue))
+            queue = share * queue + (1 - share) * queue[partner.to(queue.device)]
         for query_view, key_view in ((view_1, view_2), (view_2, view_1))[:2 if self.symmetric else 1]:
             query = F.normalize(self.projector(self.features(query_view)).float(), dim=1)
             keys = self.keys(key_view, order)
-            loss = loss + info_nce(query, keys[mine], self.queue, self.temperature)
+            loss = loss + info_nce(query, keys[mine], queue, self.temperature)
             figures = self.figures(query, keys[mine]) if look else {}
             all_keys.append(keys)
         self.enqueue(torch.cat(all_keys))  # after the logits: a key is never its own negative
@@ -397,14 +413,10 @@ class MoCoV3(Method):
 
     def before_step(self, step):
         """Official: between queries and keys, which comes to the same: the queries do not change a parameter."""
-        momentum = cosine(self.momentum, self.momentum_end, step, self.total_steps)
-        follow(self.momentum_backbone, self.backbone, momentum)
-        follow(self.momentum_projector, self.projector, momentum)
+        follow(self, cosine(self.momentum, self.momentum_end, step, self.total_steps))
 
-    @torch.no_grad()
     def key(self, view):
-        features = self.momentum_backbone(normalize(view, self.mean, self.std))
-        return F.normalize(self.momentum_projector(features).float(), dim=1)
+        return F.normalize(self.target(view).float(), dim=1)
 
     def forward(self, views, step, look=False):
         """views: the pair. See Method."""
@@ -443,13 +455,7 @@ class BYOL(Method):
         self.momentum_projector.requires_grad_(False)
 
     def after_step(self, step):
-        momentum = cosine(self.momentum, self.momentum_end, step, self.total_steps)
-        follow(self.momentum_backbone, self.backbone, momentum)
-        follow(self.momentum_projector, self.projector, momentum)
-
-    @torch.no_grad()
-    def target(self, view):
-        return self.momentum_projector(self.momentum_backbone(normalize(view, self.mean, self.std)))
+        follow(self, cosine(self.momentum, self.momentum_end, step, self.total_steps))
 
     def forward(self, views, step, look=False):
         """views: the pair. See Method."""
@@ -554,28 +560,37 @@ class SimCLR(Method):
     Both views share a pass and so batch norm statistics. Projector: hidden layers as wide as the features, no bias,
     normal initialisation of std 0.01, batch norm without shift at its end (norm=False: Linear with bias, ReLU, Linear,
     as COP-Gen's code); the backbone is initialised as torchvision does. Loss: sum of the two directions as in the
-    official code (paper and SupConLoss: their mean). Zero residuals at the start. Batch norm over the global batch."""
+    official code (paper and SupConLoss: their mean). Zero residuals at the start. Batch norm over the global batch.
+    negative_mixing: 0, or a: the negatives of the batch are mixed, see `mixing` and nt_xent."""
     zero_init_residual = True
 
-    def __init__(self, backbone, dim=128, layers=2, norm=True, temperature=0.1, **common):
+    def __init__(self, backbone, dim=128, layers=2, norm=True, temperature=0.1, negative_mixing=0.0, **common):
         super().__init__(backbone, **common)
         sizes, self.temperature = [self.backbone.feature_dim] * layers + [dim], temperature
+        self.negative_mixing = negative_mixing
         if norm:
             self.projector = mlp(*sizes).append(nn.BatchNorm1d(dim))
             self.projector[-1].bias.requires_grad_(False)
-            for layer in self.projector:
-                if isinstance(layer, nn.Linear):
-                    nn.init.normal_(layer.weight, std=0.01)
+            for layer in self.projector[::3]:
+                nn.init.normal_(layer.weight, std=0.01)
         else:
             hidden = [(nn.Linear(a, b), nn.ReLU(inplace=True)) for a, b in zip(sizes, sizes[1:-1])]
             self.projector = nn.Sequential(*sum(hidden, ()), nn.Linear(*sizes[-2:]))
 
-    def forward(self, views, step, look=False):
+    def forward(self, views, step, look=False, labels=None):
         """views: the pair. See Method."""
         z1, z2 = F.normalize(self.projector(self.features(torch.cat(views))).float(), dim=1).chunk(2)
-        loss = 2 * nt_xent(z1, z2, self.temperature)
+        mixed = mixing(self.negative_mixing, self.seed, step, 2 * len(z1) * world_size())
+        loss = self.temperature / 0.07 * sup_con(z1, z2, labels, self.temperature) if self.labelled else \
+            2 * nt_xent(z1, z2, self.temperature, mixed)
         figures = {'contrastive_top1': batch_top1(z1, z2), 'feature_std': feature_std(z1)} if look else {}
         return loss, loss.new_zeros(()), figures
+
+
+class SupCon(SimCLR):
+    """Supervised contrastive (Khosla et al. 2020), after HobbitLong/SupContrast: the positives are all views of all
+    samples of the label, the image's or its generator's class. Loss times temperature / 0.07, no zero residuals."""
+    labelled, zero_init_residual = True, False
 
 
 class VICReg(Method):
@@ -600,8 +615,35 @@ class VICReg(Method):
         return self.invariance * invariance, extra, {'feature_std': feature_std(z1)} if look else {}
 
 
+class NNCLR(Method):
+    """NNCLR (Dwibedi et al. 2021), after its algorithm 1: a view predicts the nearest neighbour of the other view among
+    earlier images. queue (K, D): their first views' normalised projections; those of the batch join after the look-up.
+
+    Projector: 3 layers, hidden ones as wide as the features (ResNet-50: 2048), batch norm at its end. Predictor: 2
+    layers. Biases, which the paper leaves open, as in solo-learn. Batch norm over the global batch."""
+    enqueue = MoCoV2.enqueue
+
+    def __init__(self, backbone, dim=256, hidden=4096, queue=98304, temperature=0.1, **common):
+        super().__init__(backbone, **common)
+        width, self.temperature = self.backbone.feature_dim, temperature
+        self.projector = mlp(width, width, width, dim, bias=True, last_bias=True).append(nn.BatchNorm1d(dim))
+        self.predictor = mlp(dim, hidden, dim, bias=True, last_bias=True)
+        self.register_buffer('queue', F.normalize(torch.randn(queue, dim), dim=1))
+        self.register_buffer('queue_pointer', torch.zeros((), dtype=torch.long))
+
+    def forward(self, views, step, look=False):
+        """views: the pair. See Method."""
+        projections = [self.projector(self.features(v)) for v in views]
+        z1, z2 = (F.normalize(z.detach().float(), dim=1) for z in projections)
+        p1, p2 = (F.normalize(self.predictor(z).float(), dim=1) for z in projections)
+        loss = (nnclr(z1, p2, self.queue, self.temperature) + nnclr(z2, p1, self.queue, self.temperature)) / 2
+        self.enqueue(gather(z1))
+        figures = {'contrastive_top1': batch_top1(p2, z1), 'feature_std': feature_std(z1)} if look else {}
+        return loss, loss.new_zeros(()), figures
+
+
 METHODS = {'mocov2': MoCoV2, 'mocov3': MoCoV3, 'byol': BYOL, 'simsiam': SimSiam, 'swav': SwAV, 'simclr': SimCLR,
-           'vicreg': VICReg}
+           'supcon': SupCon, 'vicreg': VICReg, 'nnclr': NNCLR}
 
 
 if __name__ == '__main__':

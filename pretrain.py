@@ -19,8 +19,8 @@ of processes: data, schedules, queues and prototypes go on exactly, sums are add
 
 A step of several micro-batches (accumulate) equals one of a large batch for losses that look at one pair, SimSiam's and
 BYOL's, but for batch norm and quality weights, which are those of the micro-batch. MoCo v2 comes close: later
-micro-batches already find the keys of earlier ones in the queue. The negatives of MoCo v3 and SimCLR, the codes of SwAV
-and the statistics of VICReg are those of the micro-batch: there it is another, smaller-batch method.
+micro-batches already find the keys of earlier ones in the queue. The negatives of MoCo v3, SimCLR and NNCLR, the codes
+of SwAV and the statistics of VICReg are those of the micro-batch: there it is another, smaller-batch method.
 """
 import json
 import math
@@ -83,6 +83,8 @@ view_1:                 # augmentation of the query; MoCo v2's and SimSiam's rec
   blur_prob: 0.5
   blur_sigma: [0.1, 2.0]        # pixels
   solarize_prob: 0.0
+  randaugment: 0                # operations of timm's RandAugment, after the blur and before the grey (InfoMin: 2)
+  randaugment_magnitude: [10, 0.5]  # mean and standard deviation, of 10
 view_2:                 # augmentation of the key
   crop_scale: [0.2, 1.0]
   flip: 0.5
@@ -92,12 +94,14 @@ view_2:                 # augmentation of the key
   blur_prob: 0.5
   blur_sigma: [0.1, 2.0]
   solarize_prob: 0.0
+  randaugment: 0
+  randaugment_magnitude: [10, 0.5]
 small_crops:            # multi-crop, SwAV alone; the other augmentations are those of view_1 and view_2 in turn
   count: 0              # 6 as published
   size: 96              # pixels
   crop_scale: [0.05, 0.14]
 
-method: mocov2          # mocov2 | mocov3 | byol | simsiam | swav | simclr | vicreg
+method: mocov2          # mocov2 | mocov3 | byol | simsiam | swav | simclr | supcon | vicreg | nnclr
 backbone:
   arch: resnet50        # resnet18 | resnet34 | resnet50 | resnet101 | vit_small (12 heads) | vit_base
   stem: imagenet        # ResNet: imagenet (7x7 stride 2, max-pool) | cifar (3x3 stride 1, no max-pool)
@@ -105,7 +109,7 @@ backbone:
   zero_init_residual: !bool null # ResNet: last norm of each block starts at 0; null: as the method's official code
   patch_size: 16        # ViT: pixels
 
-# Of the seven blocks that follow, the one of the method counts; the others are not looked at. dim: of the projection,
+# Of the blocks that follow, the one of the method counts; the others are not looked at. dim: of the projection,
 # hidden: width of the hidden layers. A momentum goes from `momentum` to `momentum_end` on a cosine.
 moco:                   # MoCo v2
   dim: 128
@@ -114,6 +118,8 @@ moco:                   # MoCo v2
   temperature: 0.2
   bn_splits: 8          # batch norm groups of the global batch, spread over the processes (official: one per GPU, 8)
   symmetric: false      # add the loss with the views exchanged
+  negative_mixing: 0.0  # a of Beta(a, a), of which a step draws how to mix each negative with another one; 1.6 as
+                        # published (negative feature transformation); 0: off
 mocov3:
   dim: 256
   hidden: 4096
@@ -145,12 +151,23 @@ simclr:
   layers: 2             # of the projector (SimCLR v2: 3); hidden ones are as wide as the backbone's features
   norm: true            # batch norm in the projector; COP-Gen's has none
   temperature: 0.1
+  negative_mixing: 0.0  # as in moco
+supcon:                 # positives are all images of the label that the beton gives: with views, the generator's class
+  dim: 128
+  layers: 2
+  norm: false
+  temperature: 0.1
 vicreg:
   dim: 8192
   hidden: 8192
   invariance: 25.0      # weights of the three terms
   variance: 25.0
   covariance: 1.0
+nnclr:
+  dim: 256
+  hidden: 4096          # of the predictor; the projector's is the width of the backbone's features
+  queue: 98304          # projections among which neighbours are looked up, a multiple of batch_size
+  temperature: 0.1
 
 quality:                # quality-driven contrastive loss (GenView section 3.4)
   enabled: false
@@ -166,6 +183,7 @@ optimizer:
   lr: 0.03              # for batch_size as it is, not scaled; linear warm-up from 0, then cosine to final_lr per step
   final_lr: 0.0
   warmup_epochs: 0
+  per_epoch: false      # the cosine moves once an epoch: epoch 1, 2, ... of E has its value at 1/E, 2/E, ...
   momentum: 0.9         # sgd and lars; adamw has betas 0.9 and 0.999
   weight_decay: 0.0001
   exclude_1d: !bool null # norm scales and biases without weight decay and LARS adaptation; null: as the official codes,
@@ -202,9 +220,10 @@ ALLOWED = {
     'size': (8, 1024), 'count': (0, 100),
     'arch': [*RESNETS, *VITS], 'stem': ['imagenet', 'cifar'], 'width': (8, 1024), 'patch_size': (1, 1024),
     'dim': (1, 32768), 'hidden': (1, 32768), 'layers': (1, 10), 'prototypes': (1, 10 ** 6), 'iterations': (1, 1000),
-    'moco.queue': (1, 10 ** 7), 'queue': (0, 10 ** 7), 'queue_from_epoch': (0, EVER), 'freeze_prototypes': (0, EVER),
+    'moco.queue': (1, 10 ** 7), 'nnclr.queue': (1, 10 ** 7), 'queue': (0, 10 ** 7),
+    'queue_from_epoch': (0, EVER), 'freeze_prototypes': (0, EVER),
     'bn_splits': (1, 4096), 'moco.momentum': (0.0, 0.999999), 'momentum': (0.0, 1.0), 'momentum_end': (0.0, 1.0),
-    'temperature': (0.001, 100.0),
+    'temperature': (0.001, 100.0), 'negative_mixing': (0.0, 100.0),
     'epsilon': (0.001, 100.0), 'invariance': (0.0, 1e6), 'variance': (0.0, 1e6), 'covariance': (0.0, 1e6),
     'lr': (1e-30, 1000.0), 'final_lr': (0.0, 1000.0), 'optimizer.momentum': (0.0, 0.9999),
     'weight_decay': (0.0, 0.999), 'clip_grad': (1e-12, 1e12), 'epochs': (1, 10 ** 6), 'batch_size': (1, 10 ** 6),
@@ -272,6 +291,8 @@ def open_pairs(config, processes):
     if len(loader) < config['accumulate']:
         raise Fail(f"batch_size: {config['batch_size']} is more than the {loader.sidecar['samples']} images of "
                    f"{data['beton']}")
+    if METHODS[config['method']].labelled and loader.metadata['f2'].min() < 0:
+        raise Fail(f"method: {config['method']} needs labels, and images of {data['beton']} have none (-1)")
     return loader
 
 
@@ -324,10 +345,13 @@ def build_optimizer(model, config):
 def learning_rate(step, steps_per_epoch, epochs, optimizer):
     """Linear warm-up from 0 (SwAV at batch 4096: from 0.3), then cosine to final_lr: a pure function of the step, so
     that resuming needs no scheduler's state. So are the momenta of the methods; the weight decay is constant. The
-    official codes of MoCo v2 and SimSiam change the learning rate once an epoch, the others every step."""
+    official codes of MoCo v2 and SimSiam change the learning rate once an epoch, the others every step. per_epoch: once
+    an epoch, counted from 1, as SupContrast and COP-Gen do: epoch e of E has lr (1 + cos(pi e / E)) / 2."""
     warmup, total = optimizer['warmup_epochs'] * steps_per_epoch, epochs * steps_per_epoch
     if step < warmup:
         return optimizer['lr'] * step / warmup
+    if optimizer['per_epoch']:
+        step = (step // steps_per_epoch + 1) * steps_per_epoch
     return cosine(optimizer['lr'], optimizer['final_lr'], step - warmup, max(1, total - warmup))
 
 
@@ -491,11 +515,12 @@ def main(config):
                 batch = next(batches)
                 waited += time.perf_counter() - asked
                 views = [view.to(device, non_blocking=True) for view in batch['views']]
+                labels = (batch['label'].to(device),) if model.labelled else ()
                 last = micro_batch + 1 == accumulate
                 with nullcontext() if last or wrapped is model else wrapped.no_sync():
                     with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
                         weights, qualities = quality(*views[:2]) if quality else (1.0, None)
-                        loss, extra, figures = wrapped(views, step, look)
+                        loss, extra, figures = wrapped(views, step, look, *labels)
                     loss = ((loss * weights).mean() + extra) / accumulate
                     scaler.scale(loss).backward()
                 losses[-1] += loss.detach()

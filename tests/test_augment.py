@@ -10,6 +10,7 @@ import torch
 import torchvision.transforms as T
 import torchvision.transforms.functional as F
 from PIL import Image
+from timm.data import auto_augment
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import augment  # noqa: E402
@@ -66,6 +67,40 @@ def test_blur_is_within_one_level(size, kernel, sigma):
     assert abs(difference).max() <= 1 and (difference != 0).mean() < 0.01
 
 
+RANDAUGMENT = auto_augment._RAND_TRANSFORMS               # also PyContrast's list and order
+
+
+def by_timm(image, name, level, cubic):
+    """timm's operation on a PIL image, with our sign in the place of its own random one."""
+    argument, negate = auto_augment.LEVEL_TO_ARG[name], auto_augment._randomly_negate
+    auto_augment._randomly_negate = lambda value: value * (-1 if level < 0 else 1)
+    arguments = argument(abs(level), {}) if argument else ()
+    auto_augment._randomly_negate = negate
+    if name == 'Posterize' and not arguments[0]:           # newer versions of Pillow refuse to keep no bit
+        return Image.new('RGB', image.size)
+    resample = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)[cubic]
+    return auto_augment.NAME_TO_OP[name](image, *arguments, fillcolor=tuple(augment.FILL.tolist()), resample=resample)
+
+
+@pytest.mark.parametrize('operation', range(15))
+def test_operations_of_randaugment_are_timms(operation):
+    name = RANDAUGMENT[operation]
+    moves, changed = name.startswith(('Rotate', 'Shear', 'Translate')), False
+    for size in (7, 32, 97):
+        image = picture(size, size, size)
+        narrow = (image // 3 + 60).astype(np.uint8)        # levels for AutoContrast and Equalize to spread
+        for level in (0, 1.3, 4.9, 7.2, 9.8, 10):
+            for sign, cubic in ((1, 0), (-1, 0), (1, 1), (-1, 1)) if moves else ((1, 0),):
+                for source in (image, narrow, narrow * 0 + 7):
+                    p = planar(source)
+                    augment._randaugment(p, size, float(operation), float(sign * level), cubic > 0)
+                    want = np.asarray(by_timm(Image.fromarray(source), name, sign * level, cubic)).astype(int)
+                    off = abs(interleaved(p, size) - want)
+                    assert off.max() <= (name == 'Rotate') and (off > 0).mean() < 0.001, (size, level, sign, cubic)
+                    changed |= (want != source).any()
+    assert changed
+
+
 def render(image, recipe, key):
     """One view of an image by our kernel and by torchvision with the same parameters; and the parameters."""
     row = np.array(augment.recipe_row(recipe, 'recipe'))
@@ -88,8 +123,12 @@ def render(image, recipe, key):
     x = F.hflip(x) if d[augment.FLIPPED] else x
     for k in augment.ORDERS[int(d[augment.ORDER])] if d[augment.FH] else ():
         x = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)[k](x, d[augment.FB + k])
-    x = F.rgb_to_grayscale(x, 3) if d[augment.GRAYED] else x
+    operations = d[augment.OPS:].reshape(-1, 3)
+    x = F.rgb_to_grayscale(x, 3) if d[augment.GRAYED] and not len(operations) else x
     x = F.gaussian_blur(x, int(0.1 * size) | 1, [d[augment.SIGMA]]) if d[augment.SIGMA] else x
+    for operation, level, cubic in operations[operations[:, 0] >= 0]:
+        x = by_timm(x, RANDAUGMENT[int(operation)], level, int(cubic))
+    x = F.rgb_to_grayscale(x, 3) if d[augment.GRAYED] and len(operations) else x
     x = F.solarize(x, 128) if d[augment.SOLARIZED] else x
     return out.reshape(size, size, 3).astype(int), np.asarray(x).astype(int), d
 
@@ -106,6 +145,25 @@ def test_whole_view_equals_torchvision(size):
             assert off.max() <= 1 and (off > 0).mean() < 0.01, key
         blurred += d[augment.SIGMA] > 0
     assert 10 < blurred < 50
+
+
+def test_randaugment_within_a_view_equals_timm():
+    image, recipe, seen = picture(5, 90, 130), {**FULL, 'size': 48, 'blur_prob': 0, 'randaugment': 2}, set()
+    for key in range(150):
+        ours, theirs, d = render(image, recipe, key)
+        drawn = d[augment.OPS:].reshape(2, 3)[:, 0]
+        seen |= set(drawn)
+        assert (abs(ours - theirs) > 1).mean() < 0.01 and ((ours == theirs).all() or augment.ROTATE in drawn), key
+    assert seen == set(range(-1, 15))
+
+
+def test_view_without_randaugment_is_as_if_there_were_none():
+    image = picture(5, 90, 130)
+    for key in range(20):
+        (plain, _, d), (off, _, e) = (render(image, recipe, key) for recipe in (FULL, {**FULL, 'randaugment': 0}))
+        with_it = render(image, {**FULL, 'randaugment': 3}, key)[2]
+        assert (plain == off).all() and len(d) == len(e) == augment.OPS
+        assert (with_it[:augment.OPS] == d).all() and len(with_it) == augment.OPS + 9  # the other draws stay
 
 
 @pytest.mark.parametrize('h, w', [(90, 130), (131, 77), (40, 40), (20, 33)])
@@ -144,6 +202,23 @@ def test_draws_have_torchvisions_distribution(h, w):
     assert abs(independent[3:, :][:, :3]).max() < 0.1 and abs(np.triu(independent[3:, 3:], 1)).max() < 0.1
 
 
+def test_draws_of_randaugment_have_timms_distribution():
+    row = np.array(augment.recipe_row({**FULL, 'randaugment': 2, 'randaugment_magnitude': [9, 0.5]}, 'recipe'))
+    drawn = [augment._draw(np.uint64(augment._key(1, 2, i, 0)), row, 40, 40)[augment.OPS:] for i in range(10_000)]
+    drawn = np.array(drawn).reshape(-1, 2, 3)
+    first, second = drawn[:, 0, 0], drawn[:, 1, 0]
+    applied, moves = drawn[..., 0] >= 0, np.isin(drawn[..., 0], (3, 11, 12, 13, 14))
+    assert abs(applied.mean(0) - 0.5).max() < 0.02 and abs((applied[:, 0] & applied[:, 1]).mean() - 0.25) < 0.02
+    counts = np.bincount(drawn[..., 0][applied].astype(int), minlength=15)
+    assert abs(counts - applied.sum() / 15).max() < 5 * (applied.sum() / 15) ** 0.5
+    assert ((first == second) & applied[:, 0]).any()       # with replacement
+    level = abs(drawn[..., 1])
+    assert level.max() == 10 and abs((level == 10).mean() - 0.0228) < 0.005     # two standard deviations above
+    assert abs(np.median(level) - 9) < 0.02 and abs((level < 8.5).mean() - 0.1587) < 0.01
+    assert abs((drawn[..., 1] < 0)[moves].mean() - 0.5) < 0.02 and not (drawn[..., 1] < 0)[~moves].any()
+    assert abs(drawn[..., 2].mean() - 0.5) < 0.02 and set(drawn[..., 2].flat) == {0, 1}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Recipes
 
@@ -158,6 +233,10 @@ def test_draws_have_torchvisions_distribution(h, w):
     ({'size': 32, 'jitter': [0.4, 0.4]}, 'jitter is'),
     ({'size': 32, 'jitter': [0, 0, 0, 0.6]}, 'jitter'),
     ({'size': 32, 'blur_sigma': [0, 2]}, 'blur_sigma'),
+    ({'size': 32, 'randaugment': 1.5}, 'randaugment is 1.5'),
+    ({'size': 32, 'randaugment': -1}, 'randaugment is -1'),
+    ({'size': 32, 'randaugment_magnitude': [11, 0]}, 'randaugment_magnitude'),
+    ({'size': 32, 'randaugment_magnitude': 10}, 'randaugment_magnitude is 10'),
     ({'size': 32, 'flip': 'yes'}, "flip is 'yes'")])
 def test_impossible_recipes_are_refused(recipe, words):
     with pytest.raises(Fail, match=words) as error:

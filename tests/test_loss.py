@@ -12,8 +12,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import loss  # noqa: E402
-from loss import (foreground_map, info_nce, info_nce_batch, negative_cosine, nt_xent, pair_quality,  # noqa: E402
-                  quality_weights, sinkhorn, sup_con, swapped_prediction, vicreg)
+from loss import (foreground_map, info_nce, info_nce_batch, negative_cosine, nnclr, nt_xent,  # noqa: E402
+                  pair_quality, quality_weights, sinkhorn, sup_con, swapped_prediction, vicreg)
 
 
 def unit(*shape, seed=0):
@@ -24,7 +24,7 @@ def unit(*shape, seed=0):
 def test_doctests():
     assert doctest.testmod(loss).failed == 0
     functions = [f for f in vars(loss).values() if getattr(f, '__module__', '') == 'loss' and f.__name__[0] != '_']
-    assert len(functions) == 11 and all('>>>' in f.__doc__ for f in functions)
+    assert len(functions) == 12 and all('>>>' in f.__doc__ for f in functions)
 
 
 def test_imports_torch_only():
@@ -162,8 +162,8 @@ def test_weights_are_a_softmax_with_mean_one_and_without_gradient():
 LABELS = torch.tensor([3, 1, 3, 3, 0, 1])
 
 
-def slow_info_nce_batch(q, k, T):
-    k, e = k.detach(), torch.exp
+def slow_info_nce_rows(q, k, T):
+    e = torch.exp
     return [-(e(q[i] @ k[i] / T) / sum(e(q[i] @ k[j] / T) for j in range(len(k)))).log() for i in range(len(q))]
 
 
@@ -176,6 +176,21 @@ def slow_sup_con(z1, z2, labels, T):
         positives = [j for j in others if labels[j] == labels[i]]
         anchors.append(sum(-(torch.exp(rows[i] @ rows[j] / T) / total).log() for j in positives) / len(positives))
     return [(a + b) / 2 for a, b in zip(anchors, anchors[len(z1):])]
+
+
+def slow_mixed(z1, z2, T, share, partner):
+    rows, n, anchors = [*z1, *z2], len(z1), []
+    for i in range(2 * n):
+        own = i, (i + n) % (2 * n)
+        negatives = [rows[j] if partner[j] in own else share * rows[j] + (1 - share) * rows[partner[j]]
+                     for j in range(2 * n) if j not in own]
+        positive = torch.exp(rows[i] @ rows[own[1]] / T)
+        anchors.append(-(positive / (positive + sum(torch.exp(rows[i] @ row / T) for row in negatives))).log())
+    return [(a + b) / 2 for a, b in zip(anchors, anchors[n:])]
+
+
+def partners(n):
+    return torch.randperm(n, generator=torch.Generator().manual_seed(4))
 
 
 def slow_sinkhorn(scores, epsilon, iterations=3):
@@ -212,8 +227,12 @@ LOSSES = {                                               # name: (ours, slow, wi
     'info_nce': (lambda x, y, T: info_nce(x, y, QUEUE.to(x.device), T), lambda x, y, T: [
         -(torch.exp(a @ b / T) / (torch.exp(a @ b / T) + sum(torch.exp(a @ n / T) for n in QUEUE.double()))).log()
         for a, b in zip(x, y)]),
-    'info_nce_batch': (info_nce_batch, slow_info_nce_batch),
+    'info_nce_batch': (info_nce_batch, lambda x, y, T: slow_info_nce_rows(x, y.detach(), T)),
+    'nnclr': (lambda x, y, T: nnclr(x, y, QUEUE, T), lambda x, y, T: slow_info_nce_rows(
+        torch.stack([min(QUEUE.double(), key=lambda row: (row - a).norm()) for a in x.detach()]), y, T)),
     'nt_xent': (nt_xent, lambda x, y, T: slow_sup_con(x, y, torch.arange(len(x)), T)),
+    'nt_xent_mixed': (lambda x, y, T: nt_xent(x, y, T, (0.3, partners(2 * len(x)))),
+                      lambda x, y, T: slow_mixed(x, y, T, 0.3, partners(2 * len(x)).tolist())),
     'sup_con': (lambda x, y, T: sup_con(x, y, LABELS[:len(x)], T),
                 lambda x, y, T: slow_sup_con(x, y, LABELS[:len(x)], T)),
     'negative_cosine': (lambda x, y, T: negative_cosine(3 * x, 2 * y), lambda x, y, T: [
@@ -231,7 +250,7 @@ def value_and_gradient(function, x, y, T, factor, autocast=False):
         losses = function(x, y, T)
     losses = torch.stack(losses) if isinstance(losses, list) else losses
     (losses * factor[:len(losses)]).sum().backward()
-    return losses.detach(), x.grad, torch.zeros_like(y) if y.grad is None else y.grad
+    return losses.detach(), *(torch.zeros_like(z) if z.grad is None else z.grad for z in (x, y))
 
 
 @pytest.mark.parametrize('name', LOSSES)
@@ -244,7 +263,7 @@ def test_equals_slow_reference(name):
     for a, b in zip(got, want):
         torch.testing.assert_close(a.double(), b, rtol=1e-6, atol=1e-6)
     one_sided = ('info_nce_batch', 'negative_cosine', 'swapped_prediction')
-    assert got[1].abs().sum() > 0.1 and (got[2].abs().sum() > 0.1) == (name not in one_sided)
+    assert (got[1].abs().sum() > 0.1) == (name != 'nnclr') and (got[2].abs().sum() > 0.1) == (name not in one_sided)
     for a, b in zip(value_and_gradient(ours, x, y, 0.5, factor, autocast=True), got):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
@@ -312,6 +331,7 @@ rank = dist.get_rank() if together else 0
 generator = torch.Generator().manual_seed(0)
 x, y, queue = (normalize(torch.randn(n, 6, generator=generator), dim=1) for n in (B, B, 10))
 quality, labels = torch.randn(B, generator=generator), torch.tensor([0, 1, 2, 0, 1, 1, 3, 0])
+partners = lambda rows: torch.randperm(rows, generator=torch.Generator().manual_seed(1))
 
 
 def both(loss):                                          # of the two directions, as the symmetric methods
@@ -321,7 +341,9 @@ def both(loss):                                          # of the two directions
 losses = {
     'info_nce': lambda z1, z2, mine: info_nce(z1, z2, queue, 0.2),
     'info_nce_batch': both(lambda z1, z2, mine: info_nce_batch(z1, z2, 0.2)),
+    'nnclr': both(lambda z1, z2, mine: nnclr(z1, z2, queue, 0.2)),
     'nt_xent': lambda z1, z2, mine: nt_xent(z1, z2, 0.2),
+    'nt_xent_mixed': lambda z1, z2, mine: nt_xent(z1, z2, 0.2, (0.3, partners(2 * len(z1) * (1 + together)))),
     'sup_con': lambda z1, z2, mine: sup_con(z1, z2, labels[mine], 0.2),
     'negative_cosine': both(lambda z1, z2, mine: negative_cosine(z1, z2)),
     'swapped_prediction': both(lambda z1, z2, mine: swapped_prediction(z1, sinkhorn(z2), 0.2)),
@@ -368,7 +390,7 @@ def test_two_processes_equal_one(tmp_path):
     close = dict(rtol=1e-5, atol=1e-6)
     blind = {'info_nce', 'negative_cosine', 'invariance'}                                # look at their own rows alone
     cases = [c for c in first if c not in ('even', 'uneven')]
-    assert len(cases) == 18
+    assert len(cases) == 22
     for case in cases:
         torch.testing.assert_close(torch.cat([first[case]['loss'], second[case]['loss']]), one[case]['loss'], **close)
         assert one[case]['gradient'].abs().sum() > 1e-3, case

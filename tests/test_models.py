@@ -4,6 +4,7 @@ import math
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -19,9 +20,9 @@ import models  # noqa: E402
 import pretrain  # noqa: E402
 from checkpoints import load_backbone, save_backbone  # noqa: E402
 from config import Fail, load_config  # noqa: E402
-from loss import info_nce_batch, quality_weights, sinkhorn, swapped_prediction  # noqa: E402
-from models import (BYOL, METHODS, VITS, MoCoV2, MoCoV3, SimCLR, SimSiam, SplitBatchNorm2d, ViT,  # noqa: E402
-                    build_backbone, cosine, synchronize_batch_norm)
+from loss import info_nce_batch, nt_xent, quality_weights, sinkhorn, sup_con, swapped_prediction  # noqa: E402
+from models import (BYOL, METHODS, NNCLR, VITS, MoCoV2, MoCoV3, SimCLR, SimSiam, SplitBatchNorm2d,  # noqa: E402
+                    ViT, build_backbone, cosine, mixing, synchronize_batch_norm)
 
 SMALL = ('backbone.arch=resnet18', 'backbone.stem=cifar', 'backbone.width=8', 'image_size=16', 'batch_size=8',
          'normalization=imagenet', 'epochs=4', 'optimizer.lr=0.05', 'output=out', 'data.beton=none')
@@ -32,7 +33,8 @@ TINY = {'mocov2': ('moco.dim=16', 'moco.queue=32', 'moco.momentum=0.9', 'moco.bn
         'simsiam': ('simsiam.dim=32', 'simsiam.hidden=16'),
         'swav': ('swav.dim=16', 'swav.hidden=32', 'swav.prototypes=12', 'swav.queue=8', 'swav.queue_from_epoch=0',
                  'swav.freeze_prototypes=1', 'small_crops.count=2', 'small_crops.size=12'),
-        'simclr': ('simclr.dim=16',), 'vicreg': ('vicreg.dim=32', 'vicreg.hidden=32')}
+        'simclr': ('simclr.dim=16',), 'supcon': ('supcon.dim=16',), 'vicreg': ('vicreg.dim=32', 'vicreg.hidden=32'),
+        'nnclr': ('nnclr.dim=16', 'nnclr.hidden=32', 'nnclr.queue=32', 'backbone.zero_init_residual=true')}
 pytestmark = pytest.mark.usefixtures('one_thread')
 
 
@@ -53,6 +55,10 @@ def views_of(config, n, seed=0):
     return [torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=generator) for size in sizes]
 
 
+def labels_of(model, mine=slice(None)):
+    return (torch.tensor([0, 1, 2, 0, 1, 1, 3, 0])[mine],) if model.labelled else ()
+
+
 def steps(config, rank, world, weighted):
     """Two steps on the same global batches of 8 for any world, as pretrain.py makes them: losses, model, figures."""
     torch.manual_seed(0)
@@ -68,7 +74,7 @@ def steps(config, rank, world, weighted):
         for group in optimizer.param_groups:
             group['lr'] = config['optimizer']['lr']
         model.before_step(step)
-        loss, extra, figures = wrapped(views, step, step == 1)
+        loss, extra, figures = wrapped(views, step, step == 1, *labels_of(model, mine))
         assert loss.shape == (8 // world,) and extra.shape == () and bool(figures) == (step == 1)
         optimizer.zero_grad()
         total = (loss * weights).mean() + extra
@@ -103,6 +109,8 @@ def both(empty, tmp_path_factory):
     folder = tmp_path_factory.mktemp('both')
     configs = {method: config_of(empty, method) for method in METHODS}
     # residuals of zero: otherwise one activation that rounding puts on the other side of a ReLU moves weights by 0.01
+    configs['mixed'] = config_of(empty, 'simclr', 'simclr.negative_mixing=1.6')
+    configs['mixed queue'] = config_of(empty, 'mocov2', 'moco.negative_mixing=1.6', 'backbone.zero_init_residual=true')
     configs['symmetric'] = config_of(empty, 'mocov2', 'moco.symmetric=true', 'backbone.zero_init_residual=true')
     _both(0, 1, configs, folder)
     mp.spawn(_both, (2, configs, folder), nprocs=2)
@@ -110,7 +118,7 @@ def both(empty, tmp_path_factory):
 
 
 @pytest.mark.parametrize('weighted', [False, True])
-@pytest.mark.parametrize('method', [*METHODS, 'symmetric'])
+@pytest.mark.parametrize('method', [*METHODS, 'mixed', 'mixed queue', 'symmetric'])
 def test_two_processes_make_the_steps_of_one(both, method, weighted):
     """Batch norm, negatives, codes, queues, statistics, weights and the mean over samples are of the global batch.
 
@@ -139,7 +147,7 @@ def test_half_precision_gives_float32_losses_near_those_of_float32(empty, method
         model = pretrain.build_model(config, 2)
         model.before_step(0)
         with torch.autocast('cpu', torch.bfloat16, enabled=enabled):
-            loss, extra, _ = model(views_of(config, 8), 0)
+            loss, extra, _ = model(views_of(config, 8), 0, False, *labels_of(model))
         (loss.mean() + extra).backward()
         assert loss.dtype == torch.float32
         assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
@@ -170,9 +178,12 @@ def size(module):
     ('simsiam', 'resnet50', (23_508_032, 3 * 2048 ** 2 + 4 * 2048 + 2048, 2048 * 512 + 2 * 512 + 513 * 2048)),
     ('swav', 'resnet50', (23_508_032, 2049 * 2048 + 2 * 2048 + 2049 * 128, 0)),
     ('simclr', 'resnet50', (23_508_032, 2048 ** 2 + 2 * 2048 + 2048 * 128 + 2 * 128, 0)),
-    ('vicreg', 'resnet50', (23_508_032, 2049 * 8192 + 8193 * 8192 + 4 * 8192 + 8192 ** 2, 0))])
+    ('supcon', 'resnet50', (23_508_032, 2048 * 2049 + 2049 * 128, 0)),
+    ('vicreg', 'resnet50', (23_508_032, 2049 * 8192 + 8193 * 8192 + 4 * 8192 + 8192 ** 2, 0)),
+    ('nnclr', 'resnet50', (23_508_032, 2 * 2049 * 2048 + 4 * 2048 + 2049 * 256 + 2 * 256,
+                           257 * 4096 + 2 * 4096 + 4097 * 256))])
 def test_number_of_parameters(method, arch, expected):
-    model = on_meta(method, arch)
+    model = on_meta(method, arch, **{'norm': False} if method == 'supcon' else {})
     assert (size(model.backbone), size(model.projector), size(getattr(model, 'predictor', nn.Identity()))) == expected
     if method == 'simsiam':
         assert size(model) == 38_201_408
@@ -197,7 +208,8 @@ def kinds(module):
     ('mocov2', 'resnet50', 'Lb R Lb', ''), ('mocov3', 'resnet50', 'L Nsb R L N', 'L Nsb R L'),
     ('mocov3', 'vit_small', 'L Nsb R L Nsb R L N', 'L Nsb R L N'), ('byol', 'resnet50', 'Lb Nsb R L', 'Lb Nsb R L'),
     ('simsiam', 'resnet50', 'L Nsb R L Nsb R L N', 'L Nsb R Lb'), ('swav', 'resnet50', 'Lb Nsb R Lb', ''),
-    ('simclr', 'resnet50', 'L Nsb R L Ns', ''), ('vicreg', 'resnet50', 'Lb Nsb R Lb Nsb R L', '')])
+    ('simclr', 'resnet50', 'L Nsb R L Ns', ''), ('vicreg', 'resnet50', 'Lb Nsb R Lb Nsb R L', ''),
+    ('nnclr', 'resnet50', 'Lb Nsb R Lb Nsb R Lb Nsb', 'Lb Nsb R Lb')])
 def test_heads_are_those_of_the_official_codes(method, arch, projector, predictor):
     model = on_meta(method, arch)
     assert kinds(model.projector) == projector and kinds(getattr(model, 'predictor', [])) == predictor
@@ -343,6 +355,33 @@ def test_symmetric_loss_is_the_sum_of_both_directions():
 
 
 # ---------------------------------------------------------------------------------------------------
+# Negative feature transformation
+
+def test_mixing_is_one_beta_per_step_and_a_permutation():
+    shares = [mixing(1.6, 3, step, 10)[0] for step in range(4000)]
+    assert abs(np.mean(shares) - 0.5) < 0.015 and np.var(shares) == pytest.approx(1 / (4 * 2 * 1.6 + 4), rel=0.05)
+    (share, partner), again = mixing(1.6, 3, 7, 10), mixing(1.6, 3, 7, 10)
+    assert share == again[0] == shares[7] and torch.equal(partner, again[1])
+    assert partner.sort()[0].equal(torch.arange(10)) and not partner.equal(mixing(1.6, 3, 8, 10)[1])
+    assert share != mixing(1.6, 4, 7, 10)[0]
+
+
+def test_negatives_are_mixed_and_nothing_else():
+    views = pair(8)
+    plain, mixed = moco(bn_splits=1), moco(bn_splits=1, negative_mixing=1.6)
+    share, partner = mixing(1.6, 0, 5, 32)
+    queue = share * plain.queue + (1 - share) * plain.queue[partner]
+    loss = mixed(views, 5)[0]
+    plain.queue.copy_(queue)
+    assert torch.allclose(loss, plain(views, 5)[0], atol=1e-6)
+    assert torch.equal(mixed.queue[:8], plain.queue[:8]) and torch.equal(mixed.queue[8:], moco().queue[8:])
+    simclr = SimCLR({'arch': 'resnet18', 'stem': 'cifar', 'width': 8}, dim=16, negative_mixing=1.6)
+    z1, z2 = F.normalize(simclr.projector(simclr.features(torch.cat(views))), dim=1).chunk(2)
+    assert torch.allclose(simclr(views, 5)[0], 2 * nt_xent(z1, z2, 0.1, mixing(1.6, 0, 5, 16)), atol=1e-5)
+    assert not torch.allclose(simclr(views, 5)[0], simclr(views, 6)[0], atol=1e-2)  # another draw
+
+
+# ---------------------------------------------------------------------------------------------------
 # Steps and schedules
 
 def test_momentum_goes_to_its_end_on_a_cosine():
@@ -436,6 +475,16 @@ def test_swav_predicts_the_codes_of_a_large_crop_from_all_other_crops(empty):
     assert model.figures(torch.ones(8, 16), torch.eye(12)[:8])['assignment_entropy'] == pytest.approx(1)
 
 
+def test_supcon_takes_all_views_of_the_label_as_positives(empty):
+    model, views = pretrain.build_model(config_of(empty, 'supcon'), 2), pair(8)
+    assert kinds(model.projector) == 'Lb R Lb' and model.backbone.layer2[1].bn2.weight.all()
+    z1, z2 = F.normalize(model.projector(model.features(torch.cat(views))), dim=1).chunk(2)
+    labels = torch.tensor([5, 0, 5, 2, 0, 1, 5, 3])
+    assert torch.allclose(model(views, 0, False, labels)[0], sup_con(z1, z2, labels, 0.1) / 0.7, atol=1e-4)
+    alone = model(views, 0, False, torch.arange(8))[0]         # a positive each: SimCLR's loss, but for the factor
+    assert torch.allclose(alone, nt_xent(z1, z2, 0.1) / 0.7, atol=1e-4)
+
+
 def test_vicreg_keeps_the_weights_off_variance_and_covariance(empty):
     config = config_of(empty, 'vicreg')
     torch.manual_seed(0)
@@ -446,6 +495,46 @@ def test_vicreg_keeps_the_weights_off_variance_and_covariance(empty):
     variance = sum(F.relu(1 - (z.var(0) + 1e-4).sqrt()).mean() / 2 for z in (z1, z2))
     covariance = sum((torch.cov(z.T) - torch.diag(z.var(0))).square().sum() / 32 for z in (z1, z2))
     assert extra.item() == pytest.approx((25 * variance + covariance).item(), rel=1e-4)
+
+
+def test_nnclr_looks_neighbours_up_before_the_batch_joins_and_wraps():
+    torch.manual_seed(0)
+    model = NNCLR({'arch': 'resnet18', 'stem': 'cifar', 'width': 8}, dim=16, hidden=32, queue=24)
+    queue = model.queue.clone()
+    for step in range(5):                                  # 40 projections through a queue of 24
+        views = pair(8, step)
+        loss, extra, figures = model(views, step, True)
+        z1, z2 = (model.projector(model.features(v)) for v in views)
+        p1, p2 = (F.normalize(model.predictor(z), dim=1) for z in (z1, z2))
+        expected = 0
+        for z, p in ((z1, p2), (z2, p1)):
+            z = F.normalize(z.detach(), dim=1)
+            near = torch.stack([queue[(queue - row).norm(dim=1).argmin()] for row in z])
+            expected = expected - torch.log_softmax(near @ p.T / 0.1, 1).diagonal() / 2
+        assert torch.allclose(loss, expected, atol=1e-4) and extra == 0
+        ours, theirs = (torch.autograd.grad(x.mean(), model.backbone.conv1.weight)[0] for x in (loss, expected))
+        assert torch.allclose(ours, theirs, atol=1e-3 * theirs.abs().max())
+        for row, new in enumerate(F.normalize(z1.detach(), dim=1)):
+            queue[(8 * step + row) % 24] = new
+        assert torch.allclose(model.queue, queue, atol=1e-5) and model.queue_pointer == (8 * step + 8) % 24
+        assert not model.queue.requires_grad and 0 <= figures['contrastive_top1'] <= 1
+
+
+def test_a_step_of_nnclr_has_the_numbers_of_solo_learn():
+    """Weights, queue and images are waves: no random number. The numbers are what its code gives with them."""
+    def wave(shape, frequency):
+        return torch.sin(torch.arange(math.prod(shape), dtype=torch.float64) * frequency).float().view(shape)
+
+    model = NNCLR({'arch': 'resnet18', 'stem': 'cifar', 'width': 8}, dim=16, hidden=32, queue=32)
+    for k, p in enumerate(model.parameters()):
+        p.data = wave(p.shape, 1 + 0.37 * k) * (p[0].numel() ** -0.5 if p.ndim > 1 else 0.1) + (p.ndim == 1)
+    model.queue.copy_(F.normalize(wave((32, 16), 0.7), dim=1))
+    views = [(127.5 * (1 + wave((8, 3, 16, 16), frequency))).to(torch.uint8) for frequency in (0.311, 0.173)]
+    loss = model(views, 0)[0].mean()
+    loss.backward()
+    found = [loss, *(w.grad.norm() for w in (model.backbone.conv1.weight, model.projector[0].weight,
+                                             model.predictor[3].weight))]
+    assert [x.item() for x in found] == pytest.approx([2.11143, 28.5285, 8.26904, 0.715255], rel=1e-3)
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -270,7 +270,9 @@ SENSELESS = {  # key=value; ...
         view_1.jitter=["0.4", "0.4", "0.4", "0.1"]; data.beton=[1]; data.beton=[]; optimizer.clip_grad=text;
         normalization=[[1, 2, 3], [1, 2, "x"]]; normalization=[[1, 2, 3], [1, 2, .nan]]; device=gpu;
         knn.temperature=1e-5; optimizer.exclude_1d=3; save_every_steps=a; quality.clip.image_size=text; seed=-1;
-        data.swap=a; optimizer.final_lr=-1; backbone.width=1000000; vicreg.variance=-1; data.alpha=1.1""",
+        data.swap=a; view_1.randaugment=0.5; view_2.randaugment_magnitude=[10]; simclr.negative_mixing=-1;
+        nnclr.queue=0; supcon.temperature=0; optimizer.final_lr=-1;
+        backbone.width=1000000; vicreg.variance=-1; data.alpha=1.1""",
     'linear_eval': """linear.momentum=1; linear.lr=1e9; linear.more_lrs=[[1]]; linear.more_lrs=[1e9];
         linear.milestones=[a]; linear.weight_decay=1; knn.temperature=1e-5; image_size=-1; image_size=0; resize=a;
         backbone.heads=0; seed=-1; checkpoint=; linear.final_share=1.5; metric=top2; linear.batch_size=10000000;

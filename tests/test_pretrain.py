@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import models  # noqa: E402
 import pretrain  # noqa: E402
 from checkpoints import load_backbone  # noqa: E402
 from common import StopSignal  # noqa: E402
@@ -22,20 +23,23 @@ from config import Fail, load_config  # noqa: E402
 from files import load_checkpoint  # noqa: E402
 from conftest import held  # noqa: E402
 from data import write_beton  # noqa: E402
+from loss import nt_xent  # noqa: E402
 from models import METHODS, VITS  # noqa: E402
 
 ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1'}
 # Small settings of every method, with as many of the options on as can be. Batch 16 of 64 images.
 METHOD = {
-    'mocov2': ('moco.symmetric=true', 'accumulate=2'),
+    'mocov2': ('moco.symmetric=true', 'moco.negative_mixing=1.6', 'accumulate=2'),
     'mocov3': ('mocov3.dim=16', 'mocov3.hidden=32', 'backbone.arch=vit_small', 'backbone.patch_size=8',
                'optimizer.name=adamw', 'optimizer.lr=0.001', 'optimizer.clip_grad=1'),
     'byol': ('byol.dim=16', 'byol.hidden=32', 'byol.momentum=0.9', 'optimizer.name=lars', 'optimizer.warmup_epochs=1'),
     'simsiam': ('simsiam.dim=32', 'simsiam.hidden=16', 'accumulate=2'),
     'swav': ('swav.dim=16', 'swav.hidden=32', 'swav.prototypes=12', 'swav.queue=32', 'swav.queue_from_epoch=0',
              'swav.freeze_prototypes=2', 'small_crops.count=2', 'small_crops.size=12', 'optimizer.name=lars'),
-    'simclr': ('simclr.dim=16', 'optimizer.name=lars'),
-    'vicreg': ('vicreg.dim=32', 'vicreg.hidden=32', 'optimizer.name=lars')}
+    'supcon': ('supcon.dim=16',),
+    'simclr': ('simclr.dim=16', 'simclr.negative_mixing=1.6', 'optimizer.name=lars'),
+    'vicreg': ('vicreg.dim=32', 'vicreg.hidden=32', 'optimizer.name=lars'),
+    'nnclr': ('nnclr.dim=16', 'nnclr.hidden=32', 'nnclr.queue=32')}
 pytestmark = pytest.mark.usefixtures('one_thread')
 
 
@@ -117,11 +121,21 @@ def assert_equal(a, b):
 # Runs
 
 def test_learning_rate_warms_up_and_falls():
-    settings = {'lr': 0.5, 'final_lr': 0.0, 'warmup_epochs': 2}
+    settings = {'lr': 0.5, 'final_lr': 0.0, 'warmup_epochs': 2, 'per_epoch': False}
     rates = [pretrain.learning_rate(step, 5, 10, settings) for step in range(50)]
     assert rates[0] == 0 and rates[9] == pytest.approx(0.45) and rates[10] == pytest.approx(0.5)
     assert rates[30] == pytest.approx(0.25) and all(a > b for a, b in zip(rates[10:], rates[11:])) and rates[-1] < 0.001
     assert pretrain.learning_rate(50, 5, 10, {**settings, 'final_lr': 0.1}) == pytest.approx(0.1)
+
+
+def test_learning_rate_per_epoch_is_that_of_cop_gens_code():
+    settings = {'lr': 0.02625, 'final_lr': 2.625e-5, 'warmup_epochs': 0, 'per_epoch': True}
+    rates = [pretrain.learning_rate(step, 5, 10, settings) for step in range(50)]
+    for epoch in range(1, 11):                             # eta_min + (lr - eta_min) (1 + cos(pi epoch / epochs)) / 2
+        expected = 2.625e-5 + (0.02625 - 2.625e-5) * (1 + np.cos(np.pi * epoch / 10)) / 2
+        assert rates[5 * epoch - 5:5 * epoch] == pytest.approx([expected] * 5, rel=1e-12)
+    warm = [pretrain.learning_rate(step, 5, 10, {**settings, 'warmup_epochs': 2}) for step in range(50)]
+    assert warm[9] == pytest.approx(0.9 * 0.02625) and len(set(warm[10:15])) == 1 and warm[-1] == 2.625e-5
 
 
 class StopAfter:
@@ -151,13 +165,26 @@ def test_every_method_trains_and_resumes_bit_exactly(workplace, tmp_path, monkey
     log = lines(tmp_path / 'once')
     assert all(np.isfinite(line['loss']) and 0.05 < line['feature_std_ratio'] < 1.5 for line in log)
     assert {'contrastive_top1', 'assignment_entropy'} & set(log[0]) == {
-        'mocov2': {'contrastive_top1'}, 'mocov3': {'contrastive_top1'}, 'simclr': {'contrastive_top1'},
+        **dict.fromkeys(('mocov2', 'mocov3', 'simclr', 'supcon', 'nnclr'), {'contrastive_top1'}),
         'swav': {'assignment_entropy'}}.get(method, set())
     module, info = load_backbone(tmp_path / 'once/backbone.pt')
     first = load_backbone(tmp_path / 'once/backbone_init.pt')[0].state_dict()
     assert module.feature_dim == info['feature_dim'] and info['image_size'] == 16
     moved = {key for key, value in module.state_dict().items() if not torch.equal(value, first[key])}
     assert moved and not moved & {'pos_embed', 'patch_embed.proj.weight'}
+
+
+def test_labels_of_the_batch_reach_supcon(workplace, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(models, 'sup_con', lambda z1, z2, labels, *_: seen.append(labels) or nt_xent(z1, z2, 0.1))
+    pretrain.main(config_of(workplace, 'method=supcon', f'output={tmp_path}/out'))
+    loader = pretrain.open_pairs(config_of(workplace), pretrain.Processes('cpu'))
+    assert torch.equal(torch.cat(seen), torch.cat([batch['index'] for batch in loader.epoch(0)]) % 3)
+    write_beton(tmp_path / 'none.beton', lambda i: (np.zeros((16, 16, 3), np.uint8), None, -1, i, -1), 16, {})
+    with pytest.raises(Fail, match='method: supcon needs labels, and images of .*none.beton have none') as error:
+        pretrain.main(config_of(workplace, 'method=supcon', f'data.beton={tmp_path}/none.beton',
+                                f'output={tmp_path}/none'))
+    assert '\n' not in str(error.value) and not (tmp_path / 'none').exists()
 
 
 def test_several_betons_are_one_training_set(workplace, tmp_path):
@@ -433,6 +460,9 @@ def test_betons_with_other_fields_are_refused(workplace, tmp_path):
     ('moco.bn_splits=3', 'moco.bn_splits: 3'), ('epochs=0', 'epochs: 0'),
     ('method=mocov', "method: 'mocov' is none of .*; did you mean 'mocov[23]'"),
     ('method=swav swav.queue=24', 'swav.queue: 24 is not a multiple of the 16 keys of a step; 32 is'),
+    ('moco.negative_mixing=-1', 'moco.negative_mixing: -1'),
+    ('method=nnclr nnclr.queue=24', 'nnclr.queue: 24 is not a multiple of the 16 keys of a step; 32 is'),
+    ('method=nnclr nnclr.queue=0', 'nnclr.queue: 0'),
     ('method=simsiam simsiam.hidden=0', 'simsiam.hidden: 0'), ('method=byol byol.momentum=2', 'byol.momentum: 2'),
     ('method=swav swav.epsilon=0', 'swav.epsilon: 0'), ('optimizer.name=adam', "optimizer.name: 'adam' .* 'adamw'"),
     ('optimizer.clip_grad=-1', 'optimizer.clip_grad: -1'), ('small_crops.count=6', 'small_crops.count: mocov2 takes a'),

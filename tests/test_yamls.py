@@ -105,6 +105,9 @@ ROWS = [  # paper, table, file, numbers of its first line: every pretraining row
       for alpha, numbers in TABLE_8.items()),
     ('GenCL', 'Tables 2 and 3', 'in1k_vicreg_gencl', ['65.8', '86.6']),
     ('COP-Gen', 'Table 1', 'in1k_simclr_copgen', ['49.44', '75.58']),
+    ('COP-Gen', 'Table 1', 'in1k_simclr_negft_copgen', ['"Neg FT"', '50.82', '75.09']),
+    ('COP-Gen', 'Table 1', 'in1k_simclr_infomin_copgen', ['"InfoMin aug"', '50.93', '75.87']),
+    ('COP-Gen', 'Table 1', 'in1k_nnclr_copgen', ['"NNCLR"', '51.97', '76.80']),
     ('Hierarchical-latent', 'Table 2', 'in1k_simsiam_hl', ['49.1', '74.2']),
     ('Hierarchical-latent', 'Table 3', 'lsuncars_simsiam_hl', ['33.4 +- 0.8'])]
 LOSSES = {'NCE': ('mocov2', 'mocov3'), 'KL': ('swav',), 'COS': ('simsiam', 'byol')}
@@ -174,6 +177,10 @@ NO_BLUR = (0.2, [0.4, 0.4, 0.4, 0.1], (0, 0), (0, 0))
 V3 = {'mocov3.momentum': 0.99, 'mocov3.momentum_end': 1, 'mocov3.hidden': 4096}
 R50 = (10, 0, *MOCO_V3_VIEWS, {**V3, 'mocov3.temperature': 1.0, 'backbone.zero_init_residual': False})
 VIT = (40, 0, *BYOL_VIEWS, {**V3, 'mocov3.temperature': 0.2, 'backbone.patch_size': 16})
+COP_GEN = {'batch_size': 224, 'epochs': 100, 'optimizer.name': 'sgd', 'optimizer.lr': 0.02625, 'image_size': 128,
+           'optimizer.per_epoch': True, 'optimizer.weight_decay': 1e-4, 'backbone.zero_init_residual': False}
+COP_GEN_SIMCLR = {'method': 'simclr', 'simclr.norm': False, 'simclr.dim': 128, 'simclr.layers': 2,
+                  'simclr.temperature': 0.1}
 OFFICIAL = {
     'in1k_mocov2_': (0, 0, *MOCO_V2_VIEWS, {'moco.queue': 65536, 'moco.momentum': 0.999, 'moco.temperature': 0.2,
                                             'moco.bn_splits': 8, 'moco.symmetric': False}),
@@ -190,10 +197,12 @@ OFFICIAL = {
         'method': 'vicreg', 'batch_size': 800, 'epochs': 100, 'optimizer.name': 'lars', 'optimizer.lr': 0.625,
         'optimizer.weight_decay': 1e-6, 'vicreg.dim': 8192, 'vicreg.hidden': 8192, 'vicreg.invariance': 25,
         'vicreg.variance': 25, 'vicreg.covariance': 1}),
-    'in1k_simclr_copgen': (0, 2.625e-5, *NO_BLUR, {
-        'method': 'simclr', 'batch_size': 224, 'epochs': 100, 'optimizer.name': 'sgd', 'optimizer.lr': 0.02625,
-        'optimizer.weight_decay': 1e-4, 'image_size': 128, 'simclr.norm': False, 'simclr.dim': 128,
-        'simclr.temperature': 0.1, 'backbone.zero_init_residual': False}),
+    'in1k_simclr_copgen': (0, 2.625e-5, *NO_BLUR, {**COP_GEN, **COP_GEN_SIMCLR, 'simclr.negative_mixing': 0}),
+    'in1k_simclr_negft_copgen': (0, 2.625e-5, *NO_BLUR, {**COP_GEN, **COP_GEN_SIMCLR, 'simclr.negative_mixing': 1.6}),
+    'in1k_simclr_infomin_copgen': (0, 2.625e-5, 0.2, [0.8, 0.8, 0.8, 0.2], (0.5, 0.5), (0, 0), {
+        **COP_GEN, **COP_GEN_SIMCLR, 'view_1.randaugment': 2, 'view_2.randaugment': 2}),
+    'in1k_nnclr_copgen': (0, 2.625e-5, *NO_BLUR, {**COP_GEN, 'method': 'nnclr', 'nnclr.dim': 256, 'nnclr.hidden': 4096,
+                                                  'nnclr.queue': 98336, 'nnclr.temperature': 0.1}),
     'in1k_simsiam_hl': (10, 0.02, *NO_BLUR, {'batch_size': 1024, 'optimizer.lr': 0.2}),
     'lsuncars_simsiam_hl': (0, 0.01, *NO_BLUR, {'batch_size': 512, 'optimizer.lr': 0.1}),
     '.*_simsiam_hl': (None, None, *NO_BLUR, {
@@ -213,7 +222,8 @@ def test_what_the_paper_leaves_open_is_as_in_the_official_codes(pattern):
             recipe = config('pretrain', name)[view]
             assert recipe == {
                 'crop_scale': [crop, 1.0], 'flip': 0.5, 'jitter': jitter, 'jitter_prob': 0.8, 'gray_prob': 0.2,
-                'blur_prob': blur[k], 'blur_sigma': [0.1, 2.0], 'solarize_prob': solarize[k]}
+                'blur_prob': blur[k], 'blur_sigma': [0.1, 2.0], 'solarize_prob': solarize[k],
+                'randaugment': keys.get(f'{view}.randaugment', 0), 'randaugment_magnitude': [10, 0.5]}
         if warmup is not None:
             assert (values['optimizer.warmup_epochs'], values['optimizer.final_lr']) == (warmup, final)
 
@@ -223,6 +233,10 @@ def test_learning_rate_warms_up_and_decays_on_a_cosine(name):
     settings, epochs = config('pretrain', name)['optimizer'], config('pretrain', name)['epochs']
     rate = functools.partial(pretrain.learning_rate, steps_per_epoch=100, epochs=epochs, optimizer=settings)
     warmup = 100 * settings['warmup_epochs']
+    if settings['per_epoch']:                       # once an epoch, counted from 1; the rest is as if it were not
+        assert [rate(100 * e) for e in range(epochs)] == [rate(100 * e + 99) for e in range(epochs)]
+        assert rate(0) < settings['lr'] and rate(100 * epochs - 1) == settings['final_lr']
+        rate.keywords['optimizer'] = {**settings, 'per_epoch': False}
     assert max(map(rate, range(0, 100 * epochs, 50))) <= settings['lr'] == rate(warmup)
     assert not warmup or rate(warmup // 2) == pytest.approx(settings['lr'] / 2, rel=0.01)
     assert rate((warmup + 100 * epochs) // 2) == pytest.approx((settings['lr'] + settings['final_lr']) / 2)
@@ -267,6 +281,15 @@ def test_baseline_differs_in_nothing_but_alpha_and_quality(name):
     assert different(genview, baseline) <= allowed
     assert (flat(genview)['data.alpha'], flat(baseline)['data.alpha']) == (1, 0)
     assert flat(genview)['quality.enabled'] and not flat(baseline)['quality.enabled']
+
+
+def test_rows_of_cop_gens_table_1_differ_in_what_they_are_named_after():
+    base, blocks = 'in1k_simclr_copgen', ('simclr.', 'nnclr.')
+    views = {f'{view}.{key}' for view in ('view_1', 'view_2') for key in ('jitter', 'blur_prob', 'randaugment')}
+    for name, keys in (('in1k_simclr_negft_copgen', {'simclr.negative_mixing'}), ('in1k_nnclr_copgen', {'method'}),
+                       ('in1k_simclr_infomin_copgen', views)):
+        found = {key for key in different(base, name) if name != 'in1k_nnclr_copgen' or not key.startswith(blocks)}
+        assert found == {'output', *keys}, name
 
 
 def test_rows_of_a_table_differ_in_nothing_else():
