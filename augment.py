@@ -159,8 +159,8 @@ def _draw(key, recipe, height, width):
 
 @njit(**JIT)
 def parameters(seed, epoch, keys, view, recipe, height, width):
-    """What render draws for view number `view` of (height, width) images with these keys: (len(keys), 13)."""
-    drawn = np.empty((len(keys), 13), np.float64)
+    """What render draws for view number `view` of (height, width) images with these keys: a row for each key."""
+    drawn = np.empty((len(keys), OPS + 3 * int(recipe[RANDAUGMENT])), np.float64)
     for i in range(len(keys)):
         drawn[i] = _draw(_key(seed, epoch, keys[i], view), recipe, height, width)
     return drawn

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from augment import (BLUR, FB, FC, FH, FLIPPED, FS, GRAYED, HEIGHT, LEFT, ORDER, ORDERS, RESIZE, SCALE_HI, SIGMA,
-                     SIGMA_HI, SIZE, SOLARIZED, TOP, WIDTH, parameters, recipe_row, sources_of_views)
+from augment import (BLUR, FB, FC, FH, FLIPPED, FS, GRAYED, HEIGHT, LEFT, ORDER, ORDERS, RANDAUGMENT, RESIZE,
+                     SCALE_HI, SIGMA, SIZE, SOLARIZED, TOP, WIDTH, parameters, recipe_row, sources_of_views)
 from config import Fail
 from latents import LatentPairs
 
@@ -24,7 +24,7 @@ LUMA = torch.tensor([19595., 38470., 7471.]).view(1, 3, 1, 1) / 65536
 
 def augment(images, recipe, drawn):
     """Views (B, 3, size, size) in 0..255 of float images (B, 3, H, W) in 0..255. recipe: of augment.recipe_row; drawn:
-    of augment.parameters, (B, 13) on any device."""
+    of augment.parameters, on the CPU."""
     d, size = drawn.to(images.device, torch.float32), int(recipe[SIZE])
     height, width = full_h, full_w = images.shape[2:]
     if recipe[SCALE_HI] > 0:
@@ -36,15 +36,16 @@ def augment(images, recipe, drawn):
     across = _resampling(d[:, LEFT], d[:, WIDTH], full_w, size, width)
     across = torch.where(d[:, FLIPPED, None, None] > 0, across.flip(1), across)
     x = down[:, None] @ images @ across.transpose(1, 2)[:, None]
-    orders = torch.as_tensor(ORDERS, device=x.device)[d[:, ORDER].long()]
+    orders = torch.as_tensor(ORDERS)[drawn[:, ORDER].long()]
     for place in range(4):
         for kind, (column, neutral, change) in enumerate(JITTER):
-            some = ((orders[:, place] == kind) & (d[:, column] != neutral)).nonzero()[:, 0]
-            if len(some):
+            some = ((orders[:, place] == kind) & (drawn[:, column] != neutral)).nonzero()[:, 0]
+            if len(some):                                # known on the CPU: to ask the GPU would be to wait for it
+                some = some.to(x.device)
                 x = x.index_put((some,), change(x[some], d[some, column].view(-1, 1, 1, 1)))
     x = torch.where(d[:, GRAYED].view(-1, 1, 1, 1) > 0, _luma(x), x)
     if recipe[BLUR] > 0:
-        x = torch.where(d[:, SIGMA].view(-1, 1, 1, 1) > 0, _blur(x, d[:, SIGMA], recipe[SIGMA_HI]), x)
+        x = torch.where(d[:, SIGMA].view(-1, 1, 1, 1) > 0, _blur(x, d[:, SIGMA]), x)
     return torch.where((d[:, SOLARIZED].view(-1, 1, 1, 1) > 0) & (x >= 128), 255 - x, x)
 
 
@@ -83,9 +84,9 @@ JITTER = (  # in the order of augment.ORDERS: the column of its factor, which va
     (FH, 0, _hue))
 
 
-def _blur(x, sigma, most):
-    """Gaussian blur, kernel size a tenth of the side rounded to odd, mirrored at the border; sigma (B,), at most
-    `most`; 0 is for images that stay as they are."""
+def _blur(x, sigma):
+    """Gaussian blur, kernel size a tenth of the side rounded to odd, mirrored at the border; sigma (B,), 0 for what is
+    not looked at."""
     size = x.shape[3]
     radius = min((int(0.1 * size) | 1) // 2, size - 1)
     at = torch.arange(-radius, radius + 1, device=x.device)
@@ -110,6 +111,9 @@ class OnlinePairs:
                  world=1):
         self.pairs, self.alpha, self.seed = LatentPairs(spec, seed, size, device), alpha, seed
         self.recipes = np.array([recipe_row(recipe, f'views[{k}]') for k, recipe in enumerate(recipes)])
+        if self.recipes[:, RANDAUGMENT].any():
+            raise Fail('randaugment: is not there for pairs made while training; set it to 0, or write the pairs into a '
+                       'beton')
         self.swap = {'random': -1, 'first': 0, 'second': 1}[swap]
         self.batch_size, self.batches, self.rank, self.world = batch_size, steps_per_epoch, rank, world
         samples = steps_per_epoch * batch_size * world

@@ -75,7 +75,8 @@ image_size: 224         # pixels, side of a view
 normalization: !texts null  # null = clip (as the official code) | imagenet | cifar10 |
                         # [[r, g, b], [r, g, b]] (mean, std)
 view_1:                 # augmentation of the query; MoCo v2's and SimSiam's recipe
-  crop_scale: [0.2, 1.0]        # share of the image's area
+  crop_scale: [0.2, 1.0]        # share of the image's area; [0, 0]: no random crop, but
+  resize: !int null             # the shorter side resized to this (null: image_size), the centre cut out
   flip: 0.5                     # probability
   jitter: [0.4, 0.4, 0.4, 0.1]  # brightness, contrast, saturation, hue
   jitter_prob: 0.8
@@ -87,6 +88,7 @@ view_1:                 # augmentation of the query; MoCo v2's and SimSiam's rec
   randaugment_magnitude: [10, 0.5]  # mean and standard deviation, of 10
 view_2:                 # augmentation of the key
   crop_scale: [0.2, 1.0]
+  resize: !int null
   flip: 0.5
   jitter: [0.4, 0.4, 0.4, 0.1]
   jitter_prob: 0.8
@@ -283,6 +285,8 @@ def open_pairs(config, processes):
                  rank=processes.rank, world=processes.world)
     if data['online']['images_per_epoch']:
         from online import OnlinePairs
+        if METHODS[config['method']].labelled:
+            raise Fail(f"method: {config['method']} needs labels, and pairs made while training have none")
         return OnlinePairs(data['online'], recipes, data['alpha'], data['swap'], device=processes.device,
                            steps_per_epoch=data['online']['images_per_epoch'] // config['batch_size']
                            * config['accumulate'], **share)

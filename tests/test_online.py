@@ -178,3 +178,13 @@ def test_beton_and_online_exclude_each_other(folder, tmp_path):
     settings['data']['beton'] = 'pairs.beton'
     with pytest.raises(Fail, match='makes the pairs, data.beton holds them'):
         pretrain.main(settings)
+
+
+def test_what_there_is_not_online(folder, tmp_path):
+    with pytest.raises(Fail, match='method: supcon needs labels, and pairs made while training have none'):
+        pretrain.main(config(folder, tmp_path, method='supcon'))
+    settings = config(folder, tmp_path)
+    settings['view_2']['randaugment'] = 2
+    with pytest.raises(Fail, match='randaugment: is not there for pairs made while training'):
+        pretrain.main(settings)
+    assert not (tmp_path / 'run').exists()
