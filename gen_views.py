@@ -229,10 +229,10 @@ ALLOWED = {
 
 def check(config):
     elsewhere, generated = config['source'] == 'folder', config['strategy'] != 'none'
-    needs = ['views_root'] if elsewhere else ['proportions', 'model'] if generated else []
+    needs = ['views_root'] if elsewhere else ['proportions', 'generator.model'] if generated else []
     latent, absent = config['strategy'] == 'latent', []
     if config['strategy'] == 'retrieval' and not elsewhere:
-        needs.remove('model')
+        needs.remove('generator.model')
     if latent:
         if elsewhere:
             raise Fail('strategy: latent makes the views, source: folder has them; set one of the two')
@@ -240,7 +240,7 @@ def check(config):
             raise Fail('views_per_image: strategy latent without latent.chunks makes no views; set it to 1')
         needs, absent = ['latent.model'], ['name', 'root']
     check_values(config, {**{k: rule for k, rule in ALLOWED.items() if k not in absent},
-                          **{'model': None} | dict.fromkeys(needs, 'file' if latent else 'folder')})
+                          **dict.fromkeys(needs, 'file' if latent else 'folder')})
     if elsewhere and (not generated or config['views_per_image'] > 1):
         raise Fail('source: folder packs one view an image; set views_per_image to 1, strategy to another than none')
     if elsewhere and config['strategy'] == 'retrieval':

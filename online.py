@@ -112,7 +112,7 @@ class OnlinePairs:
         self.pairs, self.alpha, self.seed = LatentPairs(spec, seed, size, device), alpha, seed
         self.recipes = np.array([recipe_row(recipe, f'views[{k}]') for k, recipe in enumerate(recipes)])
         if self.recipes[:, RANDAUGMENT].any():
-            raise Fail('randaugment: is not there for pairs made while training; set it to 0, or write the pairs into a '
+            raise Fail('randaugment: is not there for pairs made while training; set it to 0, or write them into a '
                        'beton')
         self.swap = {'random': -1, 'first': 0, 'second': 1}[swap]
         self.batch_size, self.batches, self.rank, self.world = batch_size, steps_per_epoch, rank, world

@@ -105,6 +105,55 @@ def test_uint8_is_floor_of_256_times(folder):
     assert len({image.tobytes() for image in found}) == 4
 
 
+@pytest.fixture(scope='module')
+def cars(tmp_path_factory):
+    """A StyleGAN2 file: 16 px, 6 rows of W in groups of 2, 1, 1, 2, random weights."""
+    from safetensors.torch import save_file
+    from gan import StyleGAN2
+    torch.manual_seed(3)
+    path, network = tmp_path_factory.mktemp('cars') / 'cars.safetensors', StyleGAN2([16] * 3, [8] * 3)
+    network.mapping.w_avg.normal_()
+    for name, value in network.named_parameters():
+        if name.endswith('noise_strength'):
+            value.data.fill_(0.1)
+    save_file({name: value.contiguous() for name, value in network.state_dict().items()}, path)
+    return path
+
+
+def test_groups_of_stylegan2(cars):
+    """Hierarchical-latent's code: the displaced z is mapped anew and gives the rows of its groups; one noise for all."""
+    generator = LatentGenerator(spec(cars, kind='stylegan2', truncation=0.9), torch.device('cpu'))
+    assert (generator.dim, generator.chunks, generator.size) == (16, 4, 16)
+    z = generator.anchors(0, range(5))
+    assert z.abs().max() <= 0.9
+    rows, edges = generator.code(z), [0, 2, 3, 4, 6]
+    assert rows.shape == (5, 6, 16) and torch.equal(rows[:, 0], generator.hierarchy.network.mapping(z))
+    moves = Moves({'0': move(std=0.3, truncation=1.0), '2-3': move(std=0.8, truncation=1.0)}, generator)
+    shifts = moves(z, 0, range(5), 1)
+    assert torch.allclose(shifts[0, 0] / 0.3, shifts[2, 3] / 0.8, atol=1e-6) and shifts[2, 3].abs().max() <= 0.8
+    moved = generator.moved(z, shifts)
+    for k, group in enumerate((shifts[0, 0], None, shifts[2, 3], shifts[2, 3])):
+        expected = rows[:, 0] if group is None else generator.hierarchy.network.mapping(z + group)
+        assert all(torch.equal(moved[:, row], expected) for row in range(edges[k], edges[k + 1]))
+    distances = generator.hierarchy.distances(rows, moved)
+    assert (distances[:, 1] == 0).all() and torch.allclose(distances[:, 3], (moved - rows)[:, 4:].flatten(1).norm(dim=1))
+    image = generator.hierarchy.network.synthesis(moved)
+    assert torch.allclose(generator.images(moved), ((image * 127.5 + 128) / 255).clamp(0, 1))
+    half = LatentGenerator(spec(cars, kind='stylegan2', psi=0.5), torch.device('cpu'))
+    average = half.hierarchy.network.mapping.w_avg
+    assert torch.allclose(half.code(z), average + 0.5 * (rows - average), atol=1e-6)
+
+
+def test_pairs_of_stylegan2(cars, tmp_path):
+    settings = config(cars, tmp_path)
+    settings['latent'].update(kind='stylegan2', crop=12, chunks={'0': move(std=0.3), '3': move(std=0.8)})
+    gen_views.main({**settings, 'view_size': 16})
+    assert open_beton(tmp_path / 'run/pairs.beton')['with_view'] == 23
+    with pytest.raises(Fail, match="'3-4' is no chunk or range of chunks from 0 to 3"):
+        gen_views.main({**settings, 'output': str(tmp_path / 'b'), 'latent': {**settings['latent'],
+                                                                             'chunks': {'3-4': move(std=1.0)}}})
+
+
 @pytest.mark.parametrize('chunks, message', [
     ({'1-6': move()}, "'1-6' is no chunk or range of chunks from 0 to 5"),
     ({'3-1': move()}, "'3-1' is no chunk"), ({'all': move()}, "'all' is no chunk"),

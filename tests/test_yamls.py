@@ -18,13 +18,15 @@ import gen_views  # noqa: E402
 import linear_eval  # noqa: E402
 import pretrain  # noqa: E402
 import semi_eval  # noqa: E402
+import train_discriminator  # noqa: E402
+import train_walker  # noqa: E402
 import view_eval  # noqa: E402
 from checkpoints import NORMALIZATIONS, normalization  # noqa: E402
 from config import flat as flat_keys  # noqa: E402
 from config import load_config  # noqa: E402
 
 STAGES = {module.__name__: module for module in (fg_proportion, gen_views, pretrain, linear_eval, semi_eval,
-                                                 detect_eval, view_eval)}
+                                                 detect_eval, view_eval, train_walker, train_discriminator)}
 FILES = sorted((path.parent.name, path.stem) for path in (ROOT / 'yamls').glob('*/*.yaml'))
 NO_ROW = {'demo', 'demo_quality', 'demo_test', 'effect', 'effect_quality', 'folder', 'folder_quality', 'folder_small',
           'folder_small_quality', 'folder_small_test', 'folder_test', 'sanity'}  # not of a paper
@@ -90,6 +92,55 @@ def table_7_file(column):
     return {'RS': 'random', 'AS': 'adaptive'}.get(column) or f"constant{int(column.strip('CS()')):03}"
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# COP-Gen's and hierarchical-latent's tables. A move: {chunks: (standard deviation, truncation) or walker's experiment}
+
+COPGEN_1 = {  # name: (move of the pairs, IN-1K linear top-1, top-5); 1.3M anchors, 100 epochs
+    'none': ({}, '41.63 66.57'), 'none_nnclr': ({}, '42.46 66.46'), 'none_infomin': ({}, '42.83 67.52'),
+    'none_negft': ({}, '43.26 67.21'), 'gaussian': ({'0-5': (0.2, 2)}, '48.73 73.13'),
+    'steering': ({'0-5': 'bigbigan_steering'}, '51.19 74.97'), 'learned': ({'0-5': 'bigbigan_copgen'}, '53.25 77.16')}
+ALL, NO_COLOUR, NO_CROP, NOTHING = 'all', 'no colour', 'no crop', 'nothing'
+COPGEN_130K = {  # name: (table, move, T_x, IN-100 linear top-1); 130K anchors, 200 epochs
+    'none': ('Table 3', {}, ALL, '58.26'), 'gaussian': ('Table 3', {'0-5': (0.2, 2)}, ALL, '62.62'),
+    'steering': ('Table 3', {'0-5': 'bigbigan_steering'}, ALL, '63.08'),
+    'learned': ('Table 3', {'0-5': 'bigbigan_copgen'}, ALL, '63.96'),
+    'gaussian_notx': ('Table 3', {'0-5': (0.2, 2)}, NOTHING, '28.90'),
+    'steering_notx': ('Table 3', {'0-5': 'bigbigan_steering'}, NOTHING, '28.68'),
+    'learned_notx': ('Table 3', {'0-5': 'bigbigan_copgen'}, NOTHING, '37.40'),
+    'table4_nocolour': ('Table 4', {'0-5': 'bigbigan_copgen_nocolour'}, NO_COLOUR, '55.26'),
+    'table4_nocrop': ('Table 4', {'0-5': 'bigbigan_copgen_nocrop'}, NO_CROP, '43.84'),
+    'table4_notx': ('Table 4', {'0-5': 'bigbigan_copgen_notx'}, NOTHING, '36.16'),
+    '400k': ('Table 5', {'0-5': 'bigbigan_copgen_400k'}, ALL, '64.12'),
+    '600k': ('Table 5', {'0-5': 'bigbigan_copgen_600k'}, ALL, '63.56'),
+    'linear': ('Table 5', {'0-5': 'bigbigan_copgen_linear'}, ALL, '61.18')}
+HL_2 = {  # name: (move, T_x, with discriminator, linear top-1, top-5); 100 epochs
+    'simclr_hlrandom': ({'1-5': (1, 2)}, NO_COLOUR, False, '53.7 77.2'),
+    'simclr_hllearned': ({'1-5': 'bigbigan_hl_1_5'}, NO_COLOUR, False, '54.4 77.9'),
+    'simsiam_synth': ({}, ALL, False, '32.2 56.5'), 'simsiam_random': ({'0-5': (0.05, 2)}, ALL, False, '33.4 57.7'),
+    'simsiam_hlrandom': ({'1-5': (1, 2)}, NO_COLOUR, False, '42.5 67.7'),
+    'simsiam_hlrandom_d': ({'1-5': (1, 2)}, NO_COLOUR, True, '43.6 68.6'),
+    'simsiam_learned': ({'0-5': 'bigbigan_hl_0_5'}, ALL, False, '33.0 58.2'),
+    'simsiam_hllearned': ({'1-5': 'bigbigan_hl_1_5'}, NO_COLOUR, False, '39.5 64.8'),
+    'simsiam_hllearned_d': ({'1-5': 'bigbigan_hl_1_5'}, NO_COLOUR, True, '40.6 65.7')}
+HL_3 = {  # name: (move, T_x, Stanford Cars top-1); StyleGAN2, 100 epochs
+    'synth': ({}, ALL, '27.0 +- 0.2'), 'random': ({'0-3': (0.15, 0.9)}, ALL, '29.2 +- 0.4'),
+    'hlrandom': ({'0': (0.3, 1), '2': (0.8, 1), '3': (0.8, 1)}, NO_COLOUR, '47.0 +- 0.3'),
+    'hlrandom_code': ({'0': (0.2, 1), '1': (0.1, 1), '2': (0.8, 1), '3': (0.8, 1)}, NO_COLOUR, '47.0 +- 0.3'),
+    'learned': ({'0-3': 'lsuncars_hl_0_3'}, ALL, '28.6 +- 0.5'),
+    'hllearned': ({'0': 'lsuncars_hl_0', '2': 'lsuncars_hl_2', '3': 'lsuncars_hl_3'}, NO_COLOUR, '35.2 +- 0.4')}
+WALKERS = {  # name: (chunks, samples, batch size, learning rate of the walker, of the estimator, start, T_x)
+    **{f'bigbigan_copgen{suffix}': ('0-5', samples, 176, 1e-5, 3e-5, 'default', views) for suffix, samples, views in (
+        ('', 200_000, ALL), ('_400k', 400_000, ALL), ('_600k', 600_000, ALL), ('_linear', 200_000, ALL),
+        ('_nocolour', 200_000, NO_COLOUR), ('_nocrop', 200_000, NO_CROP), ('_notx', 200_000, NOTHING))},
+    'bigbigan_steering': ('0-5', 160_000, 32, 1e-3, None, None, None),
+    **{f'bigbigan_hl_{k}': (str(k), 1000 * samples, 64, 8e-5, 5e-5, 'small', NOTHING)
+       for k, samples in enumerate((30, 96, 180, 214, 276, 2260))},
+    'bigbigan_hl_0_5': ('0-5', 60_000, 64, 1e-5, 3e-5, 'small', NOTHING),
+    'bigbigan_hl_1_5': ('1-5', 120_000, 64, 1e-5, 3e-5, 'small', NOTHING),
+    'lsuncars_hl_0_3': ('0-3', 32_000, 64, 1e-5, 3e-5, 'small', NOTHING),
+    **{f'lsuncars_hl_{k}': (str(k), 1000 * samples, 64, 8e-5, 5e-5, 'small', NOTHING)
+       for k, samples in ((0, 12), (2, 18), (3, 65))}}
+
 ROWS = [  # paper, table, file, numbers of its first line: every pretraining row of the papers that is ours to train
     *(('GenView', 'Table 1', f'{name}_{kind}', [number]) for name, numbers in TABLE_1.items()
       for kind, number in zip(('baseline', 'genview'), numbers.split())),
@@ -109,7 +160,14 @@ ROWS = [  # paper, table, file, numbers of its first line: every pretraining row
     ('COP-Gen', 'Table 1', 'in1k_simclr_infomin_copgen', ['"InfoMin aug"', '50.93', '75.87']),
     ('COP-Gen', 'Table 1', 'in1k_nnclr_copgen', ['"NNCLR"', '51.97', '76.80']),
     ('Hierarchical-latent', 'Table 2', 'in1k_simsiam_hl', ['49.1', '74.2']),
-    ('Hierarchical-latent', 'Table 3', 'lsuncars_simsiam_hl', ['33.4 +- 0.8'])]
+    ('Hierarchical-latent', 'Table 3', 'lsuncars_simsiam_hl', ['33.4 +- 0.8']),
+    *(('COP-Gen', 'Table 1', f'bigbigan_copgen_{name}', numbers.split()) for name, (_, numbers) in COPGEN_1.items()),
+    *(('COP-Gen', table, f'bigbigan130k_copgen_{name}', [number])
+      for name, (table, _, _, number) in COPGEN_130K.items()),
+    *(('Hierarchical-latent', 'Table 2', f'bigbigan_{name}', numbers.split())
+      for name, (*_, numbers) in HL_2.items()),
+    *(('Hierarchical-latent', 'Table 3', f'lsuncars_simsiam_{name}', [number])
+      for name, (*_, number) in HL_3.items())]
 LOSSES = {'NCE': ('mocov2', 'mocov3'), 'KL': ('swav',), 'COS': ('simsiam', 'byol')}
 OPTIMIZERS = {'SGD': torch.optim.SGD, 'LARS': Lars, 'AdamW': torch.optim.AdamW}
 
@@ -203,9 +261,9 @@ OFFICIAL = {
         **COP_GEN, **COP_GEN_SIMCLR, 'view_1.randaugment': 2, 'view_2.randaugment': 2}),
     'in1k_nnclr_copgen': (0, 2.625e-5, *NO_BLUR, {**COP_GEN, 'method': 'nnclr', 'nnclr.dim': 256, 'nnclr.hidden': 4096,
                                                   'nnclr.queue': 98336, 'nnclr.temperature': 0.1}),
-    'in1k_simsiam_hl': (10, 0.02, *NO_BLUR, {'batch_size': 1024, 'optimizer.lr': 0.2}),
-    'lsuncars_simsiam_hl': (0, 0.01, *NO_BLUR, {'batch_size': 512, 'optimizer.lr': 0.1}),
-    '.*_simsiam_hl': (None, None, *NO_BLUR, {
+    'in1k_simsiam_hl$': (10, 0.02, *NO_BLUR, {'batch_size': 1024, 'optimizer.lr': 0.2}),
+    'lsuncars_simsiam_hl$': (0, 0.01, *NO_BLUR, {'batch_size': 512, 'optimizer.lr': 0.1}),
+    '(in1k|lsuncars)_simsiam_hl$': (None, None, *NO_BLUR, {
         'method': 'simsiam', 'epochs': 100, 'optimizer.name': 'sgd', 'optimizer.weight_decay': 1e-4, 'image_size': 112,
         'simsiam.dim': 2048, 'simsiam.hidden': 512, 'simsiam.fix_predictor_lr': True})}
 
@@ -221,8 +279,8 @@ def test_what_the_paper_leaves_open_is_as_in_the_official_codes(pattern):
         for k, view in enumerate(('view_1', 'view_2')):
             recipe = config('pretrain', name)[view]
             assert recipe == {
-                'crop_scale': [crop, 1.0], 'flip': 0.5, 'jitter': jitter, 'jitter_prob': 0.8, 'gray_prob': 0.2,
-                'blur_prob': blur[k], 'blur_sigma': [0.1, 2.0], 'solarize_prob': solarize[k],
+                'crop_scale': [crop, 1.0], 'resize': None, 'flip': 0.5, 'jitter': jitter, 'jitter_prob': 0.8,
+                'gray_prob': 0.2, 'blur_prob': blur[k], 'blur_sigma': [0.1, 2.0], 'solarize_prob': solarize[k],
                 'randaugment': keys.get(f'{view}.randaugment', 0), 'randaugment_magnitude': [10, 0.5]}
         if warmup is not None:
             assert (values['optimizer.warmup_epochs'], values['optimizer.final_lr']) == (warmup, final)
@@ -270,8 +328,106 @@ def test_rows_of_tables_4_to_8_differ_in_what_the_tables_say():
         assert (flat(f'in1k_mocov3_{what}')['data.alpha'] == 1) == (what == 'framework150k')
 
 
+def moves(latent):
+    """As in the tables above."""
+    found = {}
+    for chunks, move in latent['chunks'].items():
+        walker = re.fullmatch(r'runs/walkers/(\w+)/walker.pt', move['walker'])
+        found[chunks] = walker[1] if walker else (move['std'], move['truncation'])
+        assert not walker or config('train_walker', walker[1])['chunks'] == chunks
+    return found
+
+
+def augmented(view):
+    """Which of T_x a view has. COP-Gen's and hierarchical-latent's code: no blur, flips but where nothing is done."""
+    assert view['blur_prob'] == view['solarize_prob'] == 0 and view['flip'] in (0, 0.5)
+    crop, colour = view['crop_scale'] == [0.2, 1.0], view['jitter_prob'] == 0.8
+    assert crop or view['crop_scale'] == [0, 0]
+    assert (view['jitter'], view['gray_prob']) == ([0.4, 0.4, 0.4, 0.1], 0.2) if colour else view['gray_prob'] == 0
+    assert (view['flip'] == 0) == (not crop and not colour)
+    return {(1, 1): ALL, (1, 0): NO_COLOUR, (0, 1): NO_CROP, (0, 0): NOTHING}[crop, colour]
+
+
+PAIRS = {**{f'bigbigan_copgen_{name}': (move, None, 1_300_000) for name, (move, _) in COPGEN_1.items()},
+         **{f'bigbigan130k_copgen_{name}': (move, views, 130_000) for name, (_, move, views, _) in COPGEN_130K.items()},
+         **{f'bigbigan_{name}': (*HL_2[name][:2], 1_300_000) for name in HL_2 if name.startswith('simclr')}}
+
+
+@pytest.mark.parametrize('name', PAIRS)
+def test_simclr_on_pairs_of_bigbigan(name):
+    """COP-Gen section 4.1 and its code (B9 of the facts): what is trained on what."""
+    move, views, anchors = PAIRS[name]
+    settings, values = config('pretrain', name), flat(name)
+    folder = settings['data']['beton'].removesuffix('/pairs.beton')
+    pairs, = (c for stage, n in FILES if stage == 'gen_views' for c in [config(stage, n)] if c['output'] == folder)
+    assert pairs['strategy'] == 'latent' and moves(pairs['latent']) == move
+    assert (pairs['latent']['anchors'], pairs['latent']['truncation'], pairs['view_size']) == (anchors, 2, 128)
+    expected = {'optimizer.name': 'sgd', 'optimizer.lr': 0.02625, 'optimizer.final_lr': 2.625e-5, 'batch_size': 224,
+                'optimizer.weight_decay': 1e-4, 'optimizer.per_epoch': True, 'image_size': 128, 'data.swap': 'second',
+                'data.alpha': 1, 'epochs': 200 if '130k' in name else 100, 'backbone.arch': 'resnet50',
+                'method': 'nnclr' if name.endswith('nnclr') else 'simclr'}
+    assert {key: values[key] for key in expected} == expected
+    if name.endswith('infomin'):
+        assert settings['view_1'] == settings['view_2'] and settings['view_1']['randaugment'] == 2
+        assert values['simclr.temperature'] == 0.15 and settings['view_1']['jitter'] == [0.8, 0.8, 0.8, 0.2]
+        return
+    assert augmented(settings['view_1']) == augmented(settings['view_2']) == (views or ALL)
+    assert values['simclr.negative_mixing'] == (1.6 if name.endswith('negft') else 0)
+    if settings['method'] == 'simclr':
+        assert (values['simclr.norm'], values['simclr.dim'], values['simclr.temperature']) == (False, 128, 0.1)
+    if augmented(settings['view_1']) in (NO_CROP, NOTHING):
+        assert settings['view_1']['resize'] == 146       # the central 112 of 128 pixels, enlarged to 128
+
+
+@pytest.mark.parametrize('name', [name for name in HL_2 if name.startswith('simsiam')])
+def test_simsiam_while_bigbigan_draws(name):
+    move, views, discriminator, _ = HL_2[name]
+    settings, values = config('pretrain', f'bigbigan_{name}'), flat(f'bigbigan_{name}')
+    online = settings['data']['online']
+    assert moves(online) == move and online['images_per_epoch'] == 1_281_167 and online['truncation'] == 2
+    made = config('train_discriminator', 'bigbigan')['output'] + '/discriminator.pt'
+    assert online['discriminator'] == (made if discriminator else '')
+    assert augmented(settings['view_1']) == augmented(settings['view_2']) == views
+    assert different(f'bigbigan_{name}', 'in1k_simsiam_hl') <= {
+        'output', 'data.beton', 'data.alpha', 'data.swap', 'data.num_workers', *(k for k in values if re.match(
+            r'data\.online|view_\d\.(jitter_prob|gray_prob)', k))}
+
+
+@pytest.mark.parametrize('name', HL_3)
+def test_simsiam_while_stylegan2_draws(name):
+    move, views, _ = HL_3[name]
+    settings, values = config('pretrain', f'lsuncars_simsiam_{name}'), flat(f'lsuncars_simsiam_{name}')
+    online = settings['data']['online']
+    assert moves(online) == move and online['images_per_epoch'] == 893_000
+    assert [online[k] for k in ('kind', 'truncation', 'psi', 'crop', 'size')] == ['stylegan2', 0.9, 1, 384, 128]
+    assert augmented(settings['view_1']) == augmented(settings['view_2']) == views
+    assert different(f'lsuncars_simsiam_{name}', 'lsuncars_simsiam_hl') <= {
+        'output', 'data.beton', 'data.alpha', 'data.swap', 'data.num_workers', *(k for k in values if re.match(
+            r'data\.online|view_\d\.(jitter_prob|gray_prob)', k))}
+
+
+@pytest.mark.parametrize('name', [name for stage, name in FILES if stage == 'train_walker'])
+def test_walkers(name):
+    """COP-Gen section 4.1, hierarchical-latent appendix B and the codes of both (B and C of the facts)."""
+    chunks, samples, batch, lr, estimator, start, views = WALKERS[name]
+    settings = config('train_walker', name)
+    assert (settings['chunks'], settings['samples'], settings['batch_size'], settings['lr']) == (
+        chunks, samples, batch, lr)
+    kind = 'steering' if name.endswith('steering') else 'linear' if name.endswith('linear') else 'learned'
+    assert settings['walker'] == kind and settings['first'] == 'estimator'
+    latent = settings['latent']
+    cars = ['stylegan2', 0.9, 384, 128] if name.startswith('lsuncars') else ['biggan', 2, None, None]
+    assert [latent[k] for k in ('kind', 'truncation', 'crop', 'size')] == cars
+    if kind != 'steering':
+        found = settings['estimator']
+        assert (found['lr'], settings['start'], augmented(settings['view'])) == (estimator, start, views)
+        assert [found[k] for k in ('arch', 'width', 'hidden', 'dim', 'temperature')] == ['resnet18', 64, 512, 128, 0.1]
+        assert settings['image_size'] == (112 if start == 'small' else 128)     # of 128: cut from the centre
+        assert settings['view']['resize'] == (128 if start == 'small' else None)
+
+
 def different(a, b):
-    return {key for key in flat(a) if flat(a)[key] != flat(b)[key]}
+    return {key for key in flat(a) | flat(b) if flat(a).get(key) != flat(b).get(key)}
 
 
 @pytest.mark.parametrize('name', [name.removesuffix('_genview') for name in PRETRAIN if name.endswith('_genview')])
@@ -357,6 +513,9 @@ def test_heading_names_paper_table_and_cost(stage, name):
     lines = path(stage, name).read_text().splitlines()
     assert lines[0].startswith('# ')
     if name not in NO_ROW:
+        if stage == 'train_walker':                      # distances stand there, no accuracies
+            assert re.match(r'# (COP-Gen|Hierarchical-latent) Tables? \d', lines[0])
+            return
         paper, tables = re.match(r'# (GenView|GenCL|COP-Gen|Hierarchical-latent) Tables? (\d(?: and \d)?)',
                                  lines[0]).groups()
         known = ' '.join(' '.join(numbers) for who, table, _, numbers in ROWS
@@ -378,7 +537,8 @@ def test_every_row_has_its_file_and_expected_number():
         for number in numbers:
             assert re.search(rf'(?<![\d.]){re.escape(number)}(?!\d)', first), (name, number)
         dataset = {'in1k': 'IN-1K', 'in100': 'IN-100', 'cifar10': 'CIFAR-10', 'cifar100': 'CIFAR-100',
-                   'tinyin': 'Tiny-ImageNet', 'lsuncars': 'LSUN Cars'}[name.split('_')[0]]
+                   'tinyin': 'Tiny-ImageNet', 'lsuncars': 'LSUN Cars', 'bigbigan': 'BigBiGAN',
+                   'bigbigan130k': 'BigBiGAN'}[name.split('_')[0]]
         assert re.search(rf'{dataset}(?!\d)', first), name
 
 
@@ -386,20 +546,22 @@ def test_inputs_are_outputs_of_other_experiments():
     made = {stage: {} for stage in STAGES}
     for stage, name in FILES:
         output = config(stage, name)['output']
-        if stage in ('fg_proportion', 'gen_views', 'pretrain'):
+        if stage in ('fg_proportion', 'gen_views', 'pretrain', 'train_walker', 'train_discriminator'):
             assert output not in made[stage], f'{stage}/{name} writes where another one does'
             made[stage][output] = config(stage, name)
     assert len({output for outputs in made.values() for output in outputs}) == sum(map(len, made.values()))
     for stage, name in FILES:
         settings = config(stage, name)
-        if stage == 'gen_views' and settings['strategy'] != 'none':
+        if stage == 'gen_views' and settings['strategy'] not in ('none', 'latent'):
             source = made['fg_proportion'][settings['proportions']]
             assert source['proportions'], name
             keys = ('name', 'root', 'split', 'subset')      # of the same images
             assert [source['dataset'][k] for k in keys] == [settings['dataset'][k] for k in keys], name
         if stage == 'pretrain' and name not in NO_ROW:
             assert settings['output'] == f"runs/{name.replace('_', '/', 1)}"
-        if stage == 'pretrain':
+        if stage == 'train_discriminator':
+            assert settings['beton'].removesuffix('/pairs.beton') in made['gen_views']
+        if stage == 'pretrain' and not settings['data']['online']['images_per_epoch']:
             betons = settings['data']['beton']
             betons = betons if isinstance(betons, list) else [betons]
             betons = [made['gen_views'][beton.removesuffix('/pairs.beton')] for beton in betons]
