@@ -127,8 +127,9 @@ class _StyleGAN2:
         return z
 
     def code(self, z):
-        average = self.network.mapping.w_avg
-        w = average + self.psi * (self.network.mapping(z) - average)
+        w = self.network.mapping(z)
+        if self.psi != 1:                                # rounding: 1 shall change nothing
+            w = self.network.mapping.w_avg.lerp(w, self.psi)
         return w[:, None].expand(-1, self.network.num_ws, -1)
 
     def moved(self, z, moves):

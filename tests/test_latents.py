@@ -121,7 +121,7 @@ def cars(tmp_path_factory):
 
 
 def test_groups_of_stylegan2(cars):
-    """Hierarchical-latent's code: the displaced z is mapped anew and gives the rows of its groups; one noise for all."""
+    """Hierarchical-latent's code: the displaced z is mapped anew and gives the rows of its groups, all by one noise."""
     generator = LatentGenerator(spec(cars, kind='stylegan2', truncation=0.9), torch.device('cpu'))
     assert (generator.dim, generator.chunks, generator.size) == (16, 4, 16)
     z = generator.anchors(0, range(5))
@@ -136,7 +136,8 @@ def test_groups_of_stylegan2(cars):
         expected = rows[:, 0] if group is None else generator.hierarchy.network.mapping(z + group)
         assert all(torch.equal(moved[:, row], expected) for row in range(edges[k], edges[k + 1]))
     distances = generator.hierarchy.distances(rows, moved)
-    assert (distances[:, 1] == 0).all() and torch.allclose(distances[:, 3], (moved - rows)[:, 4:].flatten(1).norm(dim=1))
+    assert (distances[:, 1] == 0).all()
+    assert torch.allclose(distances[:, 3], (moved - rows)[:, 4:].flatten(1).norm(dim=1))
     image = generator.hierarchy.network.synthesis(moved)
     assert torch.allclose(generator.images(moved), ((image * 127.5 + 128) / 255).clamp(0, 1))
     half = LatentGenerator(spec(cars, kind='stylegan2', psi=0.5), torch.device('cpu'))
