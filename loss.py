@@ -2,8 +2,8 @@
 
     MoCo v2   info_nce           SimSiam, BYOL   negative_cosine                   VICReg    vicreg
     MoCo v3   info_nce_batch     SwAV            sinkhorn, swapped_prediction      SupCon    sup_con
-    SimCLR    nt_xent
-    NNCLR     nnclr              GenView         foreground_map, pair_quality, quality_weights
+    SimCLR    nt_xent            GenView         foreground_map, pair_quality, quality_weights
+    NNCLR     nnclr
 
 A loss returns one value per sample, shape (B,); the weights multiply it and the mean comes last:
 

@@ -324,8 +324,8 @@ class MoCoV2(Method):
 
     bn_splits: batch norm sees the global batch in this many groups, and the keys are shuffled between the groups, so
     that a query and its key share no statistics that would give the pair away. The groups are spread over the
-    processes: the result does not depend on how many there are.
-    negative_mixing: 0, or a: every key of the queue is mixed with another one, see `mixing`; the positives are not."""
+    processes: the result does not depend on how many there are. negative_mixing: 0, or the a of `mixing`, by which a
+    step mixes the keys of the queue."""
     sync_bn = False
 
     def __init__(self, backbone, dim=128, queue=65536, momentum=0.999, temperature=0.2, bn_splits=8, symmetric=False,
