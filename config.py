@@ -141,6 +141,8 @@ def _merge(config, defaults, changes, where, prefix='', nullable=()):
     """Write `changes` over `config`. In `defaults` every allowed key stands with a value of its type, or the types of
     one that is null (null itself: any)."""
     if isinstance(defaults, _Each):
+        if not changes:  # {}: none of those that a file named before
+            config.clear()
         changes = {str(key): value for key, value in changes.items()}
         for key in changes:
             config.setdefault(key, _without_types(dict(defaults)))

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import re
+import zlib
 from contextlib import suppress
 from pathlib import Path
 
@@ -134,6 +135,17 @@ def load_checkpoint(path, mend=None):
             raise Fail(f"{path}: holds objects of {', '.join(names)}, whose code would have to run to read it: load it "
                        'where you trust it and save its state_dict alone') from None
         raise unreadable(path, error, mend, 'a checkpoint') from None
+
+
+def weights_checksum(path):
+    """Of the bytes of a file, or of model.safetensors in a folder: a number that tells other weights."""
+    path = Path(path)
+    path = path / 'model.safetensors' if path.is_dir() else path
+    try:
+        return zlib.crc32(path.read_bytes())
+    except OSError as error:
+        raise Fail(f'{path}: ' + ('no such checkpoint' if isinstance(error, FileNotFoundError) else
+                                  f'cannot be read: {error.strerror}')) from None
 
 
 def load_json(path, mend=None):

@@ -40,7 +40,7 @@ from tqdm import tqdm
 from chunks import ForeignViews, StoredViews, bad, chunk_defects, encode_view, view_names, write_chunk
 from common import Log, Processes, StopSignal, run, say, shard
 from config import Fail, changed_keys, check_values, few, run_folder
-from files import atomic, load_arrays, load_json, save_json
+from files import atomic, load_arrays, load_json, save_json, weights_checksum
 from data import BeingWritten, open_beton, write_beton
 from pictures import grid, harmless
 from sources import Source, same_images, shrink, source_dataset
@@ -128,7 +128,7 @@ def main(config):
                    *(move['walker'] for move in config['latent']['chunks'].values())]
         settings.update({k: config[k] for k in ('seed', 'view_size', 'view_format', 'chunk_size', 'latent')},
                         dataset={'name': 'latents'}, views_per_image=config['views_per_image'],
-                        weights=[file_checksum(name) for name in made_of])
+                        weights=[weights_checksum(name) for name in made_of if name])
     elif config['strategy'] != 'none':
         retrieved = config['strategy'] == 'retrieval'
         unseen = {'vae_slicing', 'compile'} | ({'condition'} if config['generator']['condition'] == 'stored' else set())
@@ -284,11 +284,6 @@ def noise_levels(config, source):
     levels = np.where(adaptive < 0, -1, levels)  # stage 1 could not read these
     checksum = zlib.crc32(np.ascontiguousarray(embeddings)) if stored else 0
     return levels, embeddings, zlib.crc32(levels.tobytes(), checksum), known
-
-
-def file_checksum(name):
-    """Of a file's bytes; of a folder's or of no file's: None."""
-    return zlib.crc32(Path(name).read_bytes()) if name and Path(name).is_file() else None
 
 
 def per_index(config):

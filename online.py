@@ -8,8 +8,6 @@ The parameters of an augmentation are drawn by the loader's own code (augment.pa
 torch operations on float images, differentiable in these. A view equals the loader's of the same image and parameters
 to within the rounding to whole grey levels, which the loader does after each operation.
 """
-import zlib
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -17,6 +15,7 @@ import torch.nn.functional as F
 from augment import (BLUR, FB, FC, FH, FLIPPED, FS, GRAYED, HEIGHT, LEFT, ORDER, ORDERS, RANDAUGMENT, RESIZE,
                      SCALE_HI, SIGMA, SIZE, SOLARIZED, TOP, WIDTH, parameters, recipe_row, sources_of_views)
 from config import Fail
+from files import weights_checksum
 from latents import LatentPairs
 
 LUMA = torch.tensor([19595., 38470., 7471.]).view(1, 3, 1, 1) / 65536
@@ -119,7 +118,7 @@ class OnlinePairs:
         samples = steps_per_epoch * batch_size * world
         files = [spec['model'], spec['discriminator'], *(move['walker'] for move in spec['chunks'].values())]
         self.sidecar = {'samples': samples, 'with_view': samples * bool(spec['chunks']),
-                        'crc32': [repr(spec), *map(_checksum, filter(None, files))]}
+                        'crc32': [repr(spec), *map(weights_checksum, filter(None, files))]}
 
         self.paths, side = [spec['model']], np.array([self.pairs.generator.size])
         self.metadata = {'f0': {'height': side, 'width': side}}  # for data.check_size
@@ -146,13 +145,3 @@ class OnlinePairs:
         count = torch.full((len(indices),), -1)
         return {'views': views, 'index': torch.from_numpy(indices), 'label': count, 'noise_level': count + 1,
                 'synthetic': torch.from_numpy(synthetic)}
-
-
-def _checksum(name):
-    try:
-        with open(name, 'rb') as file:
-            return zlib.crc32(file.read())
-    except IsADirectoryError:
-        return _checksum(f'{name}/model.safetensors')
-    except OSError as error:
-        raise Fail(f'{name}: cannot be read: {error.strerror}') from None

@@ -480,8 +480,9 @@ def main(config):
     monitor = Monitor(config, (mean, std), dtype, processes) if config['knn']['every'] else None
     beton = sha256(json.dumps(loader.sidecar['crc32']).encode()).hexdigest()
     if saved and saved['beton'] != beton:
-        raise Fail(f"{checkpoint} was made with another content of data.beton ({config['data']['beton']}); set another "
-                   'output=')
+        pairs = config['data']['beton']
+        made = f'another content of data.beton ({pairs})' if pairs else 'other weights of data.online'
+        raise Fail(f'{checkpoint} was made with {made}; set another output=')
     model = build_model(config, steps_per_epoch).to(device, memory_format=torch.channels_last)
     model = synchronize_batch_norm(model, device) if model.sync_bn else model
     quality = Quality(config['quality'], device) if config['quality']['enabled'] else None
