@@ -11,7 +11,8 @@ the stage scripts one after the other as a user would; what is finished is not d
 Numbers go to results/cifar10_effect.json, one object per row and seed; the table at the end is made from that file.
 
 Controls take in place of the generated view
-- same_class_100, _75, _50, _25: another real image, in that share of the pairs of the same class, else of another one;
+- same_class_100, _75, _50, _25, _10: another real image, in that share of the pairs of the same class, else of another
+  one; 100 is the positive control, 10, as a random image would be, the negative one;
 - retrieval: the nearest other image by tiny/clip's embedding (strategy: retrieval of gen_views.py);
 - reconstruction: what the generator's autoencoder keeps of the image itself.
 
@@ -43,7 +44,7 @@ from sources import source_dataset
 
 RUN, RESULTS = Path('runs/effect'), ROOT / 'results/cifar10_effect.json'
 PLAIN, WEIGHTED, CROPS = ['quality.enabled=false'], ['quality.enabled=true'], ['data.alpha=0']
-SHARES = (100, 75, 50, 25)
+SHARES = (100, 75, 50, 25, 10)  # 10 is chance: the negative control
 ROWS = {  # row: (views, keys of yamls/pretrain/effect.yaml, title)
     'two_crops': ('same_class_100', CROPS + PLAIN, 'two crops (alpha 0)'),
     **{f'same_class_{share}': (f'same_class_{share}', PLAIN, f'real images, {share} % of the same class')
@@ -56,7 +57,7 @@ ROWS = {  # row: (views, keys of yamls/pretrain/effect.yaml, title)
     'adaptive': ('adaptive', PLAIN, 'views, adaptive level'),
     'adaptive_quality': ('adaptive', WEIGHTED, 'views, adaptive level + quality weights'),
 }
-CONTROLS = list(ROWS)[:7]
+CONTROLS = list(ROWS)[:8]
 
 
 def results():
