@@ -90,6 +90,17 @@ def _uniform(key, n):                                    # the n-th number of a 
 
 
 @njit(**JIT)
+def uniforms(seed, keys, stream, count):
+    """(len(keys), count) numbers in the open interval (0, 1): a row from (seed, key, stream) alone."""
+    found = np.empty((len(keys), count), np.float64)
+    for i in range(len(keys)):
+        key = _key(seed, 0, keys[i], (1 << 35) + stream)
+        for n in range(count):
+            found[i, n] = _uniform(key, n) + 1.0 / (1 << 54)
+    return found
+
+
+@njit(**JIT)
 def permutation_keys(seed, epoch, n):
     keys = np.empty(n, np.uint64)
     for i in range(n):

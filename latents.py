@@ -20,6 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import gan
+from augment import uniforms
 from checkpoints import NORMALIZATIONS
 from config import Fail
 from files import load_checkpoint, save_checkpoint, unreadable
@@ -30,9 +31,7 @@ from files import load_checkpoint, save_checkpoint, unreadable
 
 def uniform(seed, indices, stream, count):
     """(len(indices), count) float64 in the open interval (0, 1), a row from (seed, index, stream) alone."""
-    rows = [np.random.Generator(np.random.Philox(key=[seed, index], counter=[0, 0, 0, stream])).random(count)
-            for index in map(int, indices)]
-    return torch.from_numpy(np.stack(rows)) + 2 ** -54
+    return torch.from_numpy(uniforms(seed, np.asarray(indices, np.int64), stream, count))
 
 
 def normal(numbers, truncation=0.0):
