@@ -75,7 +75,7 @@ generator:
   vae_slicing: false      # decode one image after the other: less memory
   compile: false          # torch.compile of the UNet: the first batch takes minutes, the others less
 latent:                   # of strategy latent; takes the place of dataset, proportions and generator
-  kind: biggan            # biggan (BigBiGAN, tiny/gan) | stylegan2
+  kind: biggan            # biggan (BigBiGAN) | stylegan2
   model: ''               # BigBiGAN_x1.pth, a folder (config.json, model.safetensors), or a StyleGAN2 file (.pt, .pkl,
                           # .safetensors)
   anchors: 1300000        # how many
@@ -396,7 +396,7 @@ def generate(config, chunks, source, levels, embeddings, record, settings_agree,
                     settings_agree(claim=True)
                     claimed = True
                 for (i, v), picture, image in zip(part, pictures, images):
-                    if not picture or not image.any():
+                    if not picture or not (image.any() or latent):  # a GAN may well draw black
                         records[i]['error'] = 'the generator gave NaN' if picture else 'source image cannot be read'
                     else:
                         files[names(i)[v]] = pool.submit(encode_view, image, config['view_size'], kind)
@@ -503,7 +503,7 @@ def pack(config, beton, source, levels, views, settings, log, stop):
         i = readable[k]
         made = views[i] if levels[i] >= 0 else []
         image, label = (made.pop(0), -1) if latent and made else source[i]
-        if levels[i] >= 0 and not made:
+        if levels[i] >= 0 and not made and (not latent or config['latent']['chunks']):
             failed.add(i)
         made = [made[v % len(made)] for v in range(several)] if made else None  # others stand in for one that failed
         image = image if latent else np.asarray(shrink(image, config['image_size']))

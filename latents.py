@@ -1,6 +1,6 @@
 """Pairs from the latent space of a GAN (COP-Gen, hierarchical-latent): drawing latents, moving them, making images.
 
-    generator = LatentGenerator(spec, device)              # BigBiGAN, StyleGAN2, tiny/gan
+    generator = LatentGenerator(spec, device)              # BigBiGAN, StyleGAN2
     moves = Moves({'1-5': {'std': 1.0, ...}}, generator)
     z = generator.anchors(seed, indices)                   # (B, dim)
     images = generator.images(generator.code(z))           # (B, 3, S, S) in 0..1, differentiable in z
@@ -220,6 +220,8 @@ class Moves:
                 raise Fail(f"chunks: '{name}' and another range share chunks; each may move once")
             taken |= set(range(first, last + 1))
             walker = None
+            if not spec['walker'] and not spec['std']:
+                raise Fail(f'chunks.{name}: nothing moves it; set its std or its walker, or leave it out')
             if spec['walker']:
                 if spec['std']:
                     raise Fail(f"chunks.{name}: std is of noise, walker moves by itself; set one of the two")
@@ -283,10 +285,19 @@ class LatentPairs:
         """pairs: of (i, n); (i, 0) is the anchor i, (i, n) its n-th positive. uint8 (B, size, size, 3) on the CPU,
         rounded as the papers' codes do."""
         indices, numbers = np.array(pairs).T
-        images = torch.empty(len(pairs), 3, *[self.generator.size] * 2)
-        for number in np.unique(numbers):
-            at = np.flatnonzero(numbers == number)
-            images[at] = self.images(indices[at], max(1, int(number)))[bool(number)].cpu()
+        images, left = torch.empty(len(pairs), 3, *[self.generator.size] * 2), np.ones(len(pairs), bool)
+        for number in sorted(set(numbers), reverse=True):  # positives first: their anchors are made with them
+            at = np.flatnonzero(left & (numbers == number))
+            if not len(at):
+                continue
+            anchors, positives = self.images(indices[at], max(1, int(number)))
+            images[at] = (positives if number else anchors).cpu()
+            place = {index: k for k, index in enumerate(indices[at])}
+            also = [k for k in np.flatnonzero(left & (numbers == 0)) if indices[k] in place]
+            images[also] = anchors[[place[indices[k]] for k in also]].cpu()
+            left[at] = left[also] = False
+        if not images.isfinite().all():
+            raise Fail(f'{self.name}: gave NaN: its weights, or a walker, are damaged')
         levels = self.generator.hierarchy.levels
         return (images * levels).clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous().numpy()
 

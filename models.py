@@ -589,7 +589,7 @@ class SimCLR(Method):
 
 class SupCon(SimCLR):
     """Supervised contrastive (Khosla et al. 2020), after HobbitLong/SupContrast: the positives are all views of all
-    samples of the label, the image's or its generator's class. Loss times temperature / 0.07, no zero residuals."""
+    samples of its label in the beton. Loss times temperature / 0.07, no zero residuals."""
     labelled, zero_init_residual = True, False
 
 

@@ -154,7 +154,7 @@ simclr:
   norm: true            # batch norm in the projector; COP-Gen's has none
   temperature: 0.1
   negative_mixing: 0.0  # as in moco
-supcon:                 # positives are all images of the label that the beton gives: with views, the generator's class
+supcon:                 # positives are all images of the label that the beton gives
   dim: 128
   layers: 2
   norm: false
@@ -287,7 +287,8 @@ def open_pairs(config, processes):
         from online import OnlinePairs
         if METHODS[config['method']].labelled:
             raise Fail(f"method: {config['method']} needs labels, and pairs made while training have none")
-        return OnlinePairs(data['online'], recipes, data['alpha'], data['swap'], device=processes.device,
+        return OnlinePairs(data['online'], recipes, data['alpha'], data['swap'], size=data['online']['size'],
+                           device=processes.device,
                            steps_per_epoch=data['online']['images_per_epoch'] // config['batch_size']
                            * config['accumulate'], **share)
     loader = PairLoader(data['beton'], recipes, data['alpha'], data['swap'], num_workers=data['num_workers'],

@@ -89,7 +89,7 @@ def main(config):
             z = generator.anchors(config['seed'], range(start, start + batch // world))
             return generator.images(generator.code(z))
 
-    figures, leave = [], False
+    figures, leave, real = [], False, None
     with tqdm(total=last, initial=step, unit='step', disable=None if processes.main else True) as bar:
         while step < last and not leave:
             epoch, start = divmod(step, len(loader))
@@ -127,6 +127,8 @@ def main(config):
                         stop.leave(log, f'saved at step {step} of {last}; the same command resumes')
     if processes.main:
         save_checkpoint(result, {'discriminator': discriminator.state_dict(), 'width': config['width']})
+        if real is None:  # nothing was left to do but this file
+            return log.close()
         discriminator.eval()
         with torch.no_grad():
             scores = {name: discriminator(images).cpu().numpy()

@@ -83,8 +83,7 @@ log_every: 10           # steps
 save_every: 100         # steps
 grid_every: 10000       # anchors between two pictures of pairs
 """
-BOOKKEEPING = ('output', 'device', 'samples', 'stop_loss', 'stop_after', 'monte_carlo', 'log_every', 'save_every',
-               'grid_every')
+BOOKKEEPING = ('output', 'device', 'samples', 'monte_carlo', 'log_every', 'save_every', 'grid_every')
 EVER = 10 ** 12
 ALLOWED = {
     'output': 'folder', 'latent.model': 'file', 'chunks': 'range of chunks', 'kind': ['biggan', 'stylegan2'],
@@ -175,7 +174,10 @@ class Game:
             sliders = Steering.sliders(numbers).to(z.device)
             target, mask = edited(2 * anchors - 1, sliders)
             images = self.generator.images(self.generator.moved(z, {self.range: sliders @ self.walker.directions}))
-            loss = ((2 * images - 1 - target).square() * mask).sum() / (3 * mask.sum())
+            seen = 3 * mask.sum()
+            if dist.is_initialized():  # of the global batch: processes see more or less of their images
+                dist.all_reduce(seen)
+            loss = ((2 * images - 1 - target).square() * mask).sum() * self.processes.world / seen
             self._learn(self.walks, loss)
             return loss.detach()
         positives = self.generator.images(self.generator.moved(z, {self.range: self.displaced(z, None)}))
@@ -185,7 +187,8 @@ class Game:
         temperature, losses = self.config['estimator']['temperature'], []
         turns = [(self.estimates, 1, [v.detach() for v in views]), (self.walks, -1, views)]
         for optimizer, sign, seen in turns if self.config['first'] == 'estimator' else turns[::-1]:
-            losses.append(nt_xent(*map(self.estimator, seen), temperature).mean())
+            rows = self.estimator(torch.cat(seen)).chunk(2)  # together, as both codes: batch norm must see the move
+            losses.append(nt_xent(*rows, temperature).mean())
             self._learn(optimizer, sign * losses[-1])
         return losses[0].detach()
 
@@ -268,6 +271,8 @@ def main(config):
     game = Game(config, processes)
     step, lowest = (saved['step'], saved['lowest']) if saved else (0, None)
     done = bool(saved) and (saved['done'] or step >= last)
+    if step > last:
+        raise Fail(f'samples: {checkpoint} has seen {step * batch} already; set at least that many, or another output=')
     if saved:
         game.restore(saved)
     stop, log = StopSignal(), Log(folder, config, processes.main)

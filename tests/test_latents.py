@@ -158,7 +158,8 @@ def test_pairs_of_stylegan2(cars, tmp_path):
 @pytest.mark.parametrize('chunks, message', [
     ({'1-6': move()}, "'1-6' is no chunk or range of chunks from 0 to 5"),
     ({'3-1': move()}, "'3-1' is no chunk"), ({'all': move()}, "'all' is no chunk"),
-    ({'0-2': move(), '2': move()}, "'2' and another range share chunks"),
+    ({'0-2': move(std=1.0), '2': move(std=1.0)}, "'2' and another range share chunks"),
+    ({'1': move()}, 'chunks.1: nothing moves it'),
     ({'1': move(std=1.0, walker='w.pt')}, 'chunks.1: std is of noise, walker moves by itself'),
     ({'1': move(walker='none.pt')}, 'none.pt: no such checkpoint')])
 def test_wrong_moves_are_one_line(generator, chunks, message):
@@ -290,7 +291,7 @@ def test_pairs_without_images(folder, tmp_path, capsys):
         gen_views.main({**settings, 'latent': {**settings['latent'], 'truncation': 1.0}})
 
 
-def test_several_positives_and_none(folder, tmp_path):
+def test_several_positives_and_none(folder, tmp_path, capsys):
     settings = config(folder, tmp_path)
     gen_views.main({**settings, 'views_per_image': 3})
     sidecar = json.loads((tmp_path / 'run/pairs.beton.json').read_text())
@@ -299,8 +300,35 @@ def test_several_positives_and_none(folder, tmp_path):
     gen_views.main(alone)                                # anchors alone: the papers' row without a move
     sidecar = open_beton(tmp_path / 'alone/pairs.beton')
     assert sidecar['samples'] == 23 and sidecar['with_view'] == 0
+    assert 'failed' not in (tmp_path / 'alone/log.jsonl').read_text() + capsys.readouterr().out
     with pytest.raises(Fail, match='views_per_image: strategy latent without latent.chunks'):
         gen_views.main({**alone, 'views_per_image': 2})
+
+
+def test_damaged_weights_are_one_line(folder, tmp_path, monkeypatch):
+    settings, images = config(folder, tmp_path), LatentGenerator.images
+    with monkeypatch.context() as patch, pytest.raises(Fail, match='gave NaN: its weights, or a walker, are damaged'):
+        patch.setattr(LatentGenerator, 'images', lambda generator, code: images(generator, code) * torch.nan)
+        gen_views.main(settings)
+    assert not list((tmp_path / 'run').glob('views/*.tar'))
+    with monkeypatch.context() as patch:                 # black is what a walker may lead to, and no failure
+        patch.setattr(LatentGenerator, 'images', lambda generator, code: images(generator, code) * (
+            torch.arange(len(code)) % 2).view(-1, 1, 1, 1))
+        gen_views.main(settings)
+    assert open_beton(tmp_path / 'run/pairs.beton')['with_view'] == 23
+
+
+def test_a_batch_makes_each_pair_once(folder, monkeypatch):
+    pairs = LatentPairs({**spec(folder), 'chunks': {'1-5': move(std=1.0)}}, 5, 32, torch.device('cpu'))
+    made, images = [], LatentGenerator.images
+    monkeypatch.setattr(LatentGenerator, 'images', lambda generator, code: made.append(len(code)) or images(
+        generator, code))
+    asked = [(i, n) for i in range(6) for n in (0, 1)] + [(9, 0), (3, 1)]
+    views = pairs.views(None, None, asked)
+    assert made == [14, 2]                               # 7 pairs, and an anchor whose positive nobody asked for
+    for k, (i, n) in enumerate(asked):
+        alone = pairs.images([i], max(n, 1))[bool(n)][0].permute(1, 2, 0).numpy() * 256
+        assert np.abs(views[k] - alone).max() < 1.01
 
 
 def test_weights_decide_about_settings(folder, tmp_path):

@@ -9,6 +9,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import pretrain  # noqa: E402
+from common import Processes  # noqa: E402
 from augment import parameters, recipe_row  # noqa: E402
 from config import Fail, default_config  # noqa: E402
 from conftest import FULL, picture, small_gan  # noqa: E402
@@ -160,6 +161,16 @@ def test_pretraining_online_resumes_bit_exactly(folder, tmp_path, one_thread, mo
     assert all(torch.equal(whole[name], again[name]) for name in whole)
     with pytest.raises(Fail, match='data.online.chunks'):
         pretrain.main({**stopped, 'data': {**settings['data'], 'online': {**settings['data']['online'], 'chunks': {}}}})
+
+
+def test_generated_images_have_the_size_asked_for(folder, tmp_path):
+    settings = config(folder, tmp_path)
+    settings['data']['online'].update(crop=24, size=16)
+    settings['image_size'] = 16
+    loader = pretrain.open_pairs(settings, Processes('cpu'))
+    assert loader.metadata['f0']['height'].tolist() == [16]
+    anchors, _ = loader.pairs.images(range(2))
+    assert anchors.shape == (2, 3, 16, 16) and loader.batch(np.arange(2))['views'][0].shape == (2, 3, 16, 16)
 
 
 @pytest.mark.parametrize('changes, message', [

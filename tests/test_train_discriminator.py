@@ -52,6 +52,10 @@ def test_tells_apart_and_resumes_bit_exactly(folder, beton, tmp_path, monkeypatc
     real = discriminator(next(iter(loader.epoch(0)))['views'][0].float() / 255)
     assert real.median() > discriminator(pairs.images(range(64))[0]).median() + 1   # also latents it has not seen
 
+    (tmp_path / 'run/discriminator.pt').unlink()         # killed between the last checkpoint and the result
+    train_discriminator.main(settings)
+    assert (tmp_path / 'run/discriminator.pt').is_file()
+
     count, batch = [], PairLoader._collect
     def killed(loader, *args):
         count.append(1)

@@ -58,7 +58,7 @@ def test_one_step_is_the_papers(folder, tmp_path):
         from online import augment
         views = [augment(255 * x, game.recipe, torch.from_numpy(parameters(0, 0, indices, k, game.recipe, 32, 32)))
                  for k, x in enumerate(images)]
-        return nt_xent(*map(game.estimator, views), 0.1).mean()
+        return nt_xent(*game.estimator(torch.cat(views)).chunk(2), 0.1).mean()
 
     start = loss()
     estimator_gradient = torch.autograd.grad(start, list(game.estimator.parameters()))
@@ -159,8 +159,12 @@ def test_stops_when_the_loss_is_back(folder, tmp_path, monkeypatch, capsys):
         train_walker.main(settings)
         assert lines(tmp_path / name)[-1]['step'] == steps
         assert ('the loss is back at 0.735 nats' in capsys.readouterr().out) == (name != 'c')
-    train_walker.main({**config(folder, tmp_path, output=str(tmp_path / 'a'), log_every=1, stop_loss=0.735),
-                       'monte_carlo': 20})               # a finished run measures, and does not go on
+    stopped = config(folder, tmp_path, output=str(tmp_path / 'a'), log_every=1, stop_loss=0.735, monte_carlo=20)
+    train_walker.main(stopped)                           # a finished run measures, and does not go on
+    with pytest.raises(Fail, match='stop_loss .was 0.735, now 0.9'):
+        train_walker.main({**stopped, 'stop_loss': 0.9})
+    with pytest.raises(Fail, match='samples: .*checkpoint.pt has seen 64 already'):
+        train_walker.main({**stopped, 'samples': 32})
     assert lines(tmp_path / 'a')[-1]['step'] == 4 and (tmp_path / 'a/distances.json').is_file()
 
 
