@@ -10,7 +10,6 @@ config.yaml, versions.json and scores.png. The same command again resumes; on a 
 from contextlib import closing
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
@@ -19,7 +18,7 @@ from config import Fail, check_values, run_folder
 from data import PairLoader
 from files import save_checkpoint
 from latents import Discriminator, LatentGenerator
-from models import average_running_statistics, global_mean, synchronize_batch_norm
+from models import average_running_statistics, distributed, global_mean, synchronize_batch_norm
 from pictures import histograms
 
 DEFAULTS = """
@@ -89,21 +88,18 @@ def main(config):
             z = generator.anchors(config['seed'], range(start, start + batch // world))
             return generator.images(generator.code(z))
 
-    figures, leave, real = [], False, None
+    figures, leave, real, wrapped = [], False, None, distributed(discriminator, device)
     with tqdm(total=last, initial=step, unit='step', disable=None if processes.main else True) as bar:
         while step < last and not leave:
             epoch, start = divmod(step, len(loader))
             with closing(loader.epoch(epoch, start)) as batches:
                 for found in batches:
                     real, fake = found['views'][0].to(device).float() / 255, generated(step)
-                    scores = discriminator(torch.cat([real, fake]))  # together: batch norm must not tell them apart
+                    scores = wrapped(torch.cat([real, fake]))  # together: batch norm must not tell them apart
                     truth = torch.cat([torch.ones(len(real)), torch.zeros(len(fake))]).to(device)
                     loss = F.binary_cross_entropy_with_logits(scores, truth)
                     optimizer.zero_grad()
                     loss.backward()
-                    for parameter in discriminator.parameters() if dist.is_initialized() else ():
-                        dist.all_reduce(parameter.grad)
-                        parameter.grad /= world
                     optimizer.step()
                     step += 1
                     bar.update()
