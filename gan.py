@@ -91,22 +91,26 @@ class BigGAN(nn.Module):
     vector that all blocks share. Names as in PyTorch BigGAN (ajbrock), spectral norm folded into the weights.
 
     widths: channels of the input and of each block's output. up: which blocks double the side, from 4 pixels on.
-    attention: the block that self-attention follows, or None. chunk: dimensions of a chunk. shared: of the vector."""
+    attention: the block that self-attention follows, or None. chunk: dimensions of a chunk. shared: of the vector.
+    feature: dimensions of an instance feature, from which the vector is made (IC-GAN, Casanova et al. 2021)."""
 
-    def __init__(self, widths, up, attention=None, chunk=20, shared=128):
+    def __init__(self, widths, up, attention=None, chunk=20, shared=128, feature=None):
         super().__init__()
         self.chunks, self.chunk, self.resolution = len(widths), chunk, 4 * 2 ** sum(map(bool, up))
-        self.register_buffer('shared', torch.zeros(shared))  # the condition of all images, unless another is given
+        if feature:
+            self.shared_feat = nn.Linear(feature, shared)
+        else:
+            self.register_buffer('shared', torch.zeros(shared))  # the condition of all images
         self.linear = nn.Linear(chunk, widths[0] * 16)
         self.blocks = nn.ModuleList(
             nn.ModuleList([Block(widths[k], widths[k + 1], shared + chunk, up[k]),
                            *([Attention(widths[k + 1])] if k == attention else [])]) for k in range(len(up)))
         self.output_layer = nn.Sequential(Norm(widths[-1]), nn.ReLU(), nn.Conv2d(widths[-1], 3, 3, padding=1))
 
-    def forward(self, z, shared=None):
-        """z (B, chunks x chunk), shared (B, shared) or None -> (B, 3, resolution, resolution) in -1..1."""
+    def forward(self, z, feature=None):
+        """z (B, chunks x chunk), feature (B, feature) where there is one -> (B, 3, resolution, resolution) in -1..1."""
         first, *chunks = z.split(self.chunk, 1)
-        shared = self.shared.expand(len(z), -1) if shared is None else shared
+        shared = self.shared.expand(len(z), -1) if feature is None else self.shared_feat(feature)
         x = self.linear(first).unflatten(1, (-1, 4, 4))
         for layers, chunk in zip(self.blocks, chunks):
             for layer in layers:
