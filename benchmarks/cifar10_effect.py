@@ -23,21 +23,18 @@ is higher where they do: the area under the curve, 0.5 for no relation.
 Two processes may share the work, other rows or other seeds each, once the views are there. After a change of the YAML
 or of the models delete runs/effect.
 """
-import fcntl
-import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.stats import mannwhitneyu, ttest_ind
+from scipy.stats import mannwhitneyu
 
 import bench
-from bench import ROOT, device_name, stage
+from bench import ROOT, stage
 import gen_views
 from config import load_config
 from data import PairLoader, write_beton
-from files import save_json
 from frozen_clip import Quality
 from generators import UnCLIP
 from sources import source_dataset
@@ -58,36 +55,6 @@ ROWS = {  # row: (views, keys of yamls/pretrain/effect.yaml, title)
     'adaptive_quality': ('adaptive', WEIGHTED, 'views, adaptive level + quality weights'),
 }
 CONTROLS = list(ROWS)[:8]
-
-
-def results():
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-
-
-def table(done):
-    """Prints kNN and linear top-1 of every row, mean +- standard deviation over the seeds, and the differences to the
-    two crops with their 95 % intervals (Student's t, pooled variance, rows taken as independent, not corrected for how
-    many there are). Seeds vary the pretraining; images and views are the same for all."""
-    print('\n| row | n | kNN top-1 | difference (95 %) | linear top-1 | difference (95 %) | minutes a run |\n'
-          '|---|---|---|---|---|---|---|')
-    for row, (_, _, title) in ROWS.items():
-        runs = [r for r in done if r['row'] == row]
-        if not runs:
-            continue
-        cells = [title, str(len(runs))]
-        for key in ('knn', 'linear'):
-            values, base = (np.array([r[key] for r in done if r['row'] == name]) for name in (row, 'two_crops'))
-            mean, difference = f'{values.mean():.2f}', ''
-            if len(values) > 1:
-                mean += f' ± {values.std(ddof=1):.2f}'
-            if row != 'two_crops' and len(base):
-                difference = f'{values.mean() - base.mean():+.2f}'
-                if min(len(values), len(base)) > 1:
-                    found = ttest_ind(values, base).confidence_interval()
-                    difference += f' ({found.low:+.2f} to {found.high:+.2f})'
-            cells += [mean, difference]
-        seconds = [r['seconds'] for r in runs if r['seconds']]
-        print('| ' + ' | '.join([*cells, f'{np.mean(seconds) / 60:.1f}' if seconds else '']) + ' |')
 
 
 def area_under_curve(scores, positive):
@@ -171,22 +138,11 @@ def main():
                 stage('gen_views.py', 'yamls/gen_views/effect.yaml', f'strategy={views}', f'output={RUN}/{views}')
     for seed in map(int, options['seeds'].split(',')):  # seed by seed: a part of the table is a table
         for row in rows:
-            folder, (views, keys, _) = RUN / f'{row}_{seed}', ROWS[row]
-            if (ROOT / folder / 'linear_eval/results.json').exists():
-                continue
-            undisturbed = not (ROOT / folder).exists()
-            seconds = stage('pretrain.py', 'yamls/pretrain/effect.yaml', f'data.beton={RUN}/{views}/pairs.beton', *keys,
-                            f'seed={seed}', f'output={folder}')
-            stage('linear_eval.py', 'yamls/linear_eval/effect.yaml', f'checkpoint={folder}/backbone.pt',
-                  f'train_beton={RUN}/{views}/pairs.beton', f'output={folder}/linear_eval')
-            measured = json.loads((ROOT / folder / 'linear_eval/results.json').read_text())
-            RESULTS.parent.mkdir(exist_ok=True)
-            with open(ROOT / RUN / 'lock', 'w') as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                save_json(RESULTS, [*(r for r in results() if (r['row'], r['seed']) != (row, seed)), dict(
-                    row=row, seed=seed, knn=measured['knn']['top1'], linear=measured['linear']['top1'],
-                    seconds=round(seconds) if undisturbed else None, hardware=device_name())])
-    table(results())
+            views, keys, _ = ROWS[row]
+            bench.measure(RESULTS, RUN, row, seed, ['yamls/pretrain/effect.yaml',
+                                                    f'data.beton={RUN}/{views}/pairs.beton', *keys],
+                          ['yamls/linear_eval/effect.yaml', f'train_beton={RUN}/{views}/pairs.beton'])
+    bench.table(bench.results(RESULTS), {row: title for row, (_, _, title) in ROWS.items()}, 'two_crops')
     if options['judge']:
         judged(options['judge'])
 

@@ -27,7 +27,7 @@ def load(name):
     return module
 
 
-benchmark, effect, methods = load('gen_views'), load('cifar10_effect'), load('methods')
+benchmark, effect, methods, latent = map(load, ('gen_views', 'cifar10_effect', 'methods', 'latent_effect'))
 
 
 def test_architecture_is_that_of_stable_unclip():
@@ -78,10 +78,11 @@ def test_stage_1_benchmark(tmp_path):
 def test_table_of_the_effect(capsys):
     """Mean, deviation, difference to two crops and its 95 % interval: 2.776 standard errors of two groups of 3."""
     values = {'two_crops': [40., 41., 42.], 'adaptive': [43., 44., 48.], 'random': [50.]}
-    effect.table([dict(row=row, seed=seed, knn=v, linear=2 * v, seconds=60)
-                  for row, column in values.items() for seed, v in enumerate(column)])
+    titles = {row: title for row, (_, _, title) in effect.ROWS.items()}
+    effect.bench.table([dict(row=row, seed=seed, knn=v, linear=2 * v, seconds=60)
+                        for row, column in values.items() for seed, v in enumerate(column)], titles, 'two_crops')
     lines = [line.split(' | ') for line in capsys.readouterr().out.splitlines() if line.startswith('| ')][1:]
-    assert [line[0][2:] for line in lines] == [effect.ROWS[row][2] for row in ('two_crops', 'random', 'adaptive')]
+    assert [line[0][2:] for line in lines] == [titles[row] for row in ('two_crops', 'random', 'adaptive')]
     assert lines[0][1:] == ['3', '41.00 ± 1.00', '', '82.00 ± 2.00', '', '1.0 |']
     assert lines[1][1:] == ['1', '50.00', '+9.00', '100.00', '+18.00', '1.0 |']
     width = 2.7764 * ((1 + 7) / 3) ** 0.5
@@ -136,7 +137,7 @@ def test_controls_are_betons_like_those_of_views(tmp_path, monkeypatch):
     assert 0 < difference.mean() < 15 and (seen['reconstruction'][0] == seen['reconstruction'][1]).all()
 
 
-@pytest.mark.parametrize('module, rows', [(effect, 39), (methods, 14)])
+@pytest.mark.parametrize('module, rows', [(effect, 39), (methods, 14), (latent, 24)])
 def test_stages_of_a_benchmark_fit_together(module, rows, tmp_path, monkeypatch):
     """Every stage reads what an earlier one wrote, and what is finished is not done again."""
     made, ran = set(), []
@@ -144,7 +145,11 @@ def test_stages_of_a_benchmark_fit_together(module, rows, tmp_path, monkeypatch)
     def stage(script, experiment, *keys):
         name = script.removesuffix('.py')
         settings = load_config(importlib.import_module(name).DEFAULTS, [str(ROOT / experiment), *keys])
-        if name == 'gen_views' and settings['strategy'] != 'none':
+        if name == 'gen_views' and settings['strategy'] == 'latent':
+            walkers = [move['walker'] for move in settings['latent']['chunks'].values()]
+            assert {str(Path(file).parent) for file in (*walkers, settings['latent']['discriminator']) if file} <= made
+            gen_views.check(settings)
+        elif name == 'gen_views' and settings['strategy'] != 'none':
             assert settings['proportions'] in made
         if name == 'pretrain':
             assert settings['data']['beton'].removesuffix('/pairs.beton') in made
@@ -161,6 +166,7 @@ def test_stages_of_a_benchmark_fit_together(module, rows, tmp_path, monkeypatch)
 
     for key, value in dict(stage=stage, ROOT=tmp_path, RESULTS=tmp_path / 'results/r.json').items():
         monkeypatch.setattr(module, key, value)
+        monkeypatch.setattr(module.bench, key, value, raising=False)
     monkeypatch.setattr(module, 'write_control', lambda views: made.add(f'runs/effect/{views}'), raising=False)
     monkeypatch.setattr(sys, 'argv', ['benchmark'])
     module.main()

@@ -28,8 +28,9 @@ from config import load_config  # noqa: E402
 STAGES = {module.__name__: module for module in (fg_proportion, gen_views, pretrain, linear_eval, semi_eval,
                                                  detect_eval, view_eval, train_walker, train_discriminator)}
 FILES = sorted((path.parent.name, path.stem) for path in (ROOT / 'yamls').glob('*/*.yaml'))
-NO_ROW = {'demo', 'demo_quality', 'demo_test', 'effect', 'effect_quality', 'folder', 'folder_quality', 'folder_small',
-          'folder_small_quality', 'folder_small_test', 'folder_test', 'sanity'}  # not of a paper
+NO_ROW = {'demo', 'demo_quality', 'demo_test', 'effect', 'effect_quality', 'effect_train', 'folder', 'folder_quality',
+          'folder_small', 'folder_small_quality', 'folder_small_test', 'folder_test', 'latent_effect',
+          'sanity'}  # not of a paper
 PRETRAIN = [name for stage, name in FILES if stage == 'pretrain']
 
 
@@ -168,6 +169,25 @@ ROWS = [  # paper, table, file, numbers of its first line: every pretraining row
       for name, (*_, numbers) in HL_2.items()),
     *(('Hierarchical-latent', 'Table 3', f'lsuncars_simsiam_{name}', [number])
       for name, (*_, number) in HL_3.items())]
+TRANSFER = {  # stage, file: what it evaluates, numbers of its comment in their order (evaluations of the rows above)
+    ('linear_eval', 'transfer_copgen'): ('in1k_simclr_copgen', '65.16 84.44 60.99 66.26 69.72 81.96 82.81'),
+    ('linear_eval', 'transfer_copgen_nnclr'): ('in1k_nnclr_copgen', '62.53 84.10 60.43 64.49 70.35 82.45 82.84'),
+    ('linear_eval', 'transfer_copgen_steering'): ('bigbigan_copgen_steering',
+                                                  '66.17 84.23 63.29 62.46 69.94 84.65 84.78'),
+    ('linear_eval', 'transfer_copgen_learned'): ('bigbigan_copgen_learned',
+                                                 '67.05 84.09 62.44 63.82 73.56 84.63 84.36'),
+    ('semi_eval', 'in1k_5percent_copgen'): ('in1k_simclr_copgen', '77.34 45.77'),
+    ('semi_eval', 'in1k_5percent_copgen_nnclr'): ('in1k_nnclr_copgen', '76.28 44.09'),
+    ('semi_eval', 'in1k_5percent_copgen_steering'): ('bigbigan_copgen_steering', '78.70 52.33'),
+    ('semi_eval', 'in1k_5percent_copgen_learned'): ('bigbigan_copgen_learned', '78.81 51.84'),
+    **{('linear_eval', f'transfer{name and "_hl_" + name}'): (name and f'bigbigan_simsiam_{name}' or 'in1k_simsiam_hl',
+                                                              numbers)
+       for name, numbers in {  # DTD, Birdsnap, Caltech101, CIFAR100, Flowers102, Food101, Pets
+           '': '56.4 63.1 83.1 26.2 59.8 51.5 67.6', 'synth': '47.7 46.3 67.9 33.4 46.7 41.6 47.1',
+           'random': '47.9 45.4 68.9 31.7 46.4 42.3 46.5', 'hlrandom': '54.9 64.3 84.4 41.1 63.2 50.1 59.5',
+           'hlrandom_d': '54.5 65.2 85.1 40.4 66.8 52.0 59.5', 'learned': '48.8 42.0 72.9 31.7 45.2 38.6 44.0',
+           'hllearned': '53.1 57.7 77.5 36.7 60.3 47.6 51.8',
+           'hllearned_d': '54.4 60.6 79.5 36.7 62.6 50.2 51.0'}.items()}}
 LOSSES = {'NCE': ('mocov2', 'mocov3'), 'KL': ('swav',), 'COS': ('simsiam', 'byol')}
 OPTIMIZERS = {'SGD': torch.optim.SGD, 'LARS': Lars, 'AdamW': torch.optim.AdamW}
 
@@ -406,7 +426,7 @@ def test_simsiam_while_stylegan2_draws(name):
             r'data\.online|view_\d\.(jitter_prob|gray_prob)', k))}
 
 
-@pytest.mark.parametrize('name', [name for stage, name in FILES if stage == 'train_walker'])
+@pytest.mark.parametrize('name', [name for stage, name in FILES if stage == 'train_walker' and name not in NO_ROW])
 def test_walkers(name):
     """COP-Gen section 4.1, hierarchical-latent appendix B and the codes of both (B and C of the facts)."""
     chunks, samples, batch, lr, estimator, start, views = WALKERS[name]
@@ -539,6 +559,20 @@ def test_every_row_has_its_file_and_expected_number():
                    'tinyin': 'Tiny-ImageNet', 'lsuncars': 'LSUN Cars', 'bigbigan': 'BigBiGAN',
                    'bigbigan130k': 'BigBiGAN'}[name.split('_')[0]]
         assert re.search(rf'{dataset}(?!\d)', first), name
+
+
+@pytest.mark.parametrize('stage, name', TRANSFER)
+def test_transfer_rows_of_copgen_and_hierarchical_latent(stage, name):
+    """COP-Gen's Table 2 and hierarchical-latent's Table 4: encoders of their other tables, one protocol each."""
+    encoder, numbers = TRANSFER[stage, name]
+    settings = config(stage, name)
+    assert settings['checkpoint'] == config('pretrain', encoder)['output'] + '/backbone.pt'
+    comment = ''.join(line for line in path(stage, name).read_text().splitlines() if line.startswith('#'))
+    found = re.findall(r'(?<![\d.])\d\d\.\d+', comment.replace('Nesterov', ''))
+    assert found[:len(numbers.split())] == numbers.split()
+    ours = {key: value for key, value in settings.items() if key not in ('checkpoint', 'output')}
+    first = next(other for kind, other in TRANSFER if kind == stage and name.startswith(other))
+    assert ours == {key: value for key, value in config(stage, first).items() if key not in ('checkpoint', 'output')}
 
 
 def test_inputs_are_outputs_of_other_experiments():
