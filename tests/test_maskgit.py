@@ -1,4 +1,4 @@
-"""MaskGIT gives the logits, tokens and images of the original codes; its files; masks and decoders."""
+"""MaskGIT gives the logits, tokens and images of the original codes; its files; masks and decoders; stage 2 with it."""
 import json
 import math
 import sys
@@ -7,14 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import gen_views  # noqa: E402
 import maskgit  # noqa: E402
-from config import Fail  # noqa: E402
+from chunks import read_chunk  # noqa: E402
+from config import Fail, load_config  # noqa: E402
 from conftest import damages, picture  # noqa: E402
+from data import open_beton  # noqa: E402
 from maskgit import MaskGIT, decode, load_transformer, load_vqgan, schedule, token_mask  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -369,3 +373,77 @@ def test_published_files_and_folders_that_do_not_fit(folder, tmp_path):
     torch.save({**state, 'bias': state['bias'] * torch.nan}, model)
     with pytest.raises(Fail, match='MaskGIT.pth: its weights are not finite'):
         generator(model, vqgan=str(vqgan))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Stage 2
+
+@pytest.fixture
+def settings(tmp_path, folder):
+    """Eleven images of three classes, one of them damaged."""
+    for i in range(11):
+        path = tmp_path / f'images/{"abc"[i % 3]}/{i:02d}.png'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture(i)).save(path)
+    (tmp_path / 'images/b/04.png').write_bytes(b'not an image')
+    return {'output': str(tmp_path / 'views'), 'dataset': {'name': 'folder', 'root': str(tmp_path / 'images')},
+            'generator': {'kind': 'maskgit', 'model': str(folder), 'precision': 'fp32', 'mask': {'steps': 3}},
+            'view_size': 16, 'view_format': 'png', 'beton_mode': 'raw', 'batch_size': 4, 'chunk_size': 4,
+            'device': 'cpu'}
+
+
+def generate(settings, tmp_path, **changes):
+    """Run the stage in this process; returns the run folder."""
+    path = tmp_path / 'experiment.yaml'
+    path.write_text(yaml.safe_dump({**settings, **changes}))
+    config = load_config(gen_views.DEFAULTS, [str(path)])
+    gen_views.main(config)
+    return Path(config['output'])
+
+
+def test_stage_2(settings, folder, tmp_path, capsys):
+    run = generate(settings, tmp_path)
+    chunks = {path.name: path.read_bytes() for path in sorted(run.glob('views/*.tar'))}
+    files = {name: content for path in run.glob('views/*.tar') for name, content in read_chunk(path).items()}
+    records = {i: json.loads(files[f'{i:08d}.json']) for i in range(11)}
+    failed, = (i for i in records if 'error' in records[i])
+    assert records[failed]['path'] == 'b/04.png' and records[failed]['error'] == 'source image cannot be read'
+    assert len(files) == 21 and {r['generator'] for r in records.values()} == {str(folder)}
+    assert open_beton(run / 'pairs.beton')['samples'] == 10 and (run / 'pairs.png').stat().st_size > 1000
+    stored = json.loads((run / 'settings.json').read_text())['generator']
+    assert stored['kind'] == 'maskgit' and stored['mask'] == {**MASK, 'steps': 3} and 'guidance_scale' not in stored
+
+    (run / 'views/000001.tar').unlink()
+    (run / 'pairs.beton').unlink()
+    generate(settings, tmp_path)
+    assert {path.name: path.read_bytes() for path in sorted(run.glob('views/*.tar'))} == chunks
+    generate(settings, tmp_path, verify=True)
+    assert 'verify: 10 views in 3 chunks and pairs.beton' in capsys.readouterr().out
+    mask = lambda **keys: {**settings['generator'], 'mask': {'steps': 3, **keys}}
+    with pytest.raises(Fail, match='other settings: generator.mask.share .was 1.0, now 0.5'):
+        generate(settings, tmp_path, generator=mask(share=0.5))
+
+    labelled = generate(settings, tmp_path, generator=mask(labels=True, guidance=1), output=str(tmp_path / 'labelled'))
+    assert any(path.read_bytes() != chunks[path.name] for path in labelled.glob('views/*.tar'))
+    for changes, message in (
+            (dict(generator=mask(guidance=1)), 'generator.mask.guidance: without labels there is nothing to guide by'),
+            (dict(strategy='random'), 'strategy: random chooses noise levels, and generator.kind'),
+            (dict(generator=mask(labels=True), dataset={'name': 'folder', 'root': str(tmp_path / 'images/a')}),
+             'generator.mask.labels: the images have 0 classes'),
+            (dict(generator={**mask(), 'model': ''}), 'generator.model: must name a folder'),
+            (dict(generator=mask(keep_border=0)), 'leave 0 of')):
+        with pytest.raises(Fail, match=message):
+            generate(settings, tmp_path, output=str(tmp_path / 'not'), **changes)
+    assert not (tmp_path / 'not/settings.json').exists()
+
+
+def test_settings_of_unclip_are_what_they_were(tmp_path, monkeypatch):
+    """A run of before this kind goes on: what is stored names neither kind nor mask."""
+    seen = []
+    monkeypatch.setattr(gen_views, 'same_settings', lambda path, settings, moved: seen.append(settings) or 1 / 0)
+    monkeypatch.setattr(gen_views, 'noise_levels', lambda *_: (np.zeros(1, int), None, 7, None))
+    Image.fromarray(picture(0)).save(tmp_path / '0.png')
+    with pytest.raises(ZeroDivisionError):
+        generate({'output': str(tmp_path / 'o'), 'proportions': 'x', 'dataset': {
+            'name': 'folder', 'root': str(tmp_path)}, 'generator': {'model': 'x'}, 'device': 'cpu'}, tmp_path)
+    assert seen[0]['generator'].keys() == {'model', 'fallbacks', 'steps', 'guidance_scale', 'precision'}
