@@ -160,7 +160,8 @@ def token_mask(side, border, share, block, numbers):
 def schedule(decoder, masked, tokens, steps):
     """How many of the `masked` ones of `tokens` tokens each step settles.
 
-    official: after step i of T, floor(masked * cos(pi / 2 * i / T)) are left, at least one (maskgit's decode).
+    official: after step i of T, floor(masked * cos(pi / 2 * i / T)) are left, at least one (parallel_decode.py, whose
+    fp32 has cos(60 degrees) just below a half: where T is a multiple of 3 it may leave one less there).
     port: arccos shares of all tokens, whatever is masked, until none is left (adap_sche and sample of the port)."""
     left = [masked]
     if decoder == 'official' or steps == 1:
@@ -286,4 +287,5 @@ class MaskGIT:
                            *(self.spec[key] for key in ('decoder', 'temperature', 'sharpness')))
             entries = self.vqgan.quantize.get_codebook_entry(codes.flatten(), (len(codes), self.side, self.side, -1))
             images = self.vqgan.decoder(self.vqgan.post_quant_conv(entries)).float()
+        finite &= images.isfinite().flatten(1).all(1)  # clamp would hide what is infinite
         return torch.where(finite[:, None, None, None], (images.clamp(-1, 1) + 1) / 2, torch.nan)

@@ -336,6 +336,9 @@ def test_what_is_not_finite_is_drawn_in_fp32_or_black(folder, monkeypatch):
     assert views.any((1, 2, 3)).all()
     calls += range(20)
     assert not made.views(made.embed(pictures(3)), np.zeros(3, int), [1, 2, 3])[2].any()
+    monkeypatch.undo()
+    made.vqgan.decoder.conv_out.bias.data[0] = torch.inf
+    assert not made.views(made.embed(pictures(3)), np.zeros(3, int), [1, 2, 3]).any()
 
 
 @pytest.mark.parametrize('mask, classes, message', [
