@@ -19,6 +19,8 @@ was packed from such chunks.
 strategy: latent needs no images: a GAN makes both of a pair from latents (COP-Gen, hierarchical-latent), of which the
 second is the first one moved (`latent.chunks`). The chunk then holds {index:08d}.png, the anchor, and .1.png.
 
+generator.kind: maskgit needs no stage 1: of the images themselves it draws most anew, and keeps the rest (GenCL).
+
 The view of image i depends on (seed, i) and the settings alone, not on batches, processes or order. (In half precision
 a GPU rounds differently for other batch sizes: the same picture, not the same bytes.)
 """
@@ -64,6 +66,8 @@ noise_level: 200          # of strategy constant (and of views made elsewhere, w
 pool: ''                  # of strategy retrieval: run folder of fg_proportion.py (same encoder) on the images to choose
                           # from, which must still be where they were; empty: the images themselves
 generator:
+  kind: unclip            # unclip | maskgit (GenCL: draws most of an image's tokens anew; needs no proportions, and
+                          # takes model, precision and mask alone)
   model: ''               # folder in diffusers' layout or hub id of a Stable unCLIP image-variation model
   fallbacks: []           # further ids, tried in turn
   steps: 20               # denoising steps (appendix A)
@@ -74,6 +78,18 @@ generator:
                           # images, for one that was trained with another encoder than that of stage 1
   vae_slicing: false      # decode one image after the other: less memory
   compile: false          # torch.compile of the UNet: the first batch takes minutes, the others less
+  mask:                   # of kind maskgit, whose model is MaskGIT_ImageNet_256.pth, or a folder (config.json,
+                          # transformer.safetensors, vqgan/ in diffusers' layout)
+    vqgan: ''             # taming's last.ckpt, or a folder in diffusers' layout; empty: vqgan/ in the model's folder
+    keep_border: 1        # rings of tokens around the image that are kept (GenCL section 3.2)
+    share: 1.0            # of the tokens inside, how many are drawn anew: random ones,
+    block: false          # true: a square at a random place
+    decoder: official     # official (cosine schedule of the masked tokens) | port (arccos schedule of all tokens)
+    steps: 12             # (GenCL section 3.2)
+    temperature: 4.5      # of the noise on the confidences, falls to 0
+    sharpness: 1.0        # factor of the logits (the port's sm_temp)
+    labels: false         # true: the image's class is told; the dataset's classes must be the model's, in their order
+    guidance: 0.0         # classifier-free, with labels; reached at the last step
 latent:                   # of strategy latent; takes the place of dataset, proportions and generator
   kind: biggan            # biggan (BigBiGAN) | stylegan2
   model: ''               # BigBiGAN_x1.pth, a folder (config.json, model.safetensors), or a StyleGAN2 file (.pt, .pkl,
@@ -105,6 +121,7 @@ pack: !bool null          # null: whichever process finds all chunks there write
 device: auto              # auto | cpu | cuda
 """
 LEVELS = (0, 100, 200, 300, 400)
+UNREADABLE = 'source image cannot be read'
 
 
 def main(config):
@@ -112,7 +129,7 @@ def main(config):
     check(config)
     first, step = shard(config['shard'], processes)
     stop, output, elsewhere = StopSignal(), run_folder(config['output']), config['source'] == 'folder'
-    latent = config['strategy'] == 'latent'
+    latent, masked = config['strategy'] == 'latent', by_mask(config)
     source = Source('latents', None, [-1] * config['latent']['anchors'], []) if latent else \
         source_dataset(config['dataset'])
     levels, embeddings, checksum, known = noise_levels(config, source)
@@ -129,9 +146,13 @@ def main(config):
         settings.update({k: config[k] for k in ('seed', 'view_size', 'view_format', 'chunk_size', 'latent')},
                         dataset={'name': 'latents'}, views_per_image=config['views_per_image'],
                         weights=[weights_checksum(name) for name in made_of if name])
+    elif masked:
+        settings.update({k: config[k] for k in ('seed', 'view_size', 'view_format', 'chunk_size', 'views_per_image')},
+                        generator={k: config['generator'][k] for k in ('kind', 'model', 'precision', 'mask')})
     elif config['strategy'] != 'none':
         retrieved = config['strategy'] == 'retrieval'
-        unseen = {'vae_slicing', 'compile'} | ({'condition'} if config['generator']['condition'] == 'stored' else set())
+        unseen = {'kind', 'mask', 'vae_slicing', 'compile'}
+        unseen |= {'condition'} if config['generator']['condition'] == 'stored' else set()
         settings.update({k: config[k] for k in ('seed', 'view_size', 'view_format', 'chunk_size')},
                         generator=None if retrieved else {k: v for k, v in config['generator'].items()
                                                           if k not in unseen},
@@ -178,7 +199,7 @@ def main(config):
         if todo and config['pack'] is not True:
             generate(config, todo, source, levels, embeddings, record, settings_agree, processes, log, stop)
     if config['verify']:
-        verify(config, mine, record, beton, first == 0, log, stop)
+        verify(config, mine, source, record, beton, first == 0, log, stop)
         if step > 1:  # only this share is known to be good
             return
     missing = [path.name for path, _ in chunks if not path.exists()]
@@ -218,6 +239,9 @@ def main(config):
 ALLOWED = {
     'output': 'folder', 'name': 'dataset', 'root': 'folder', 'split': ['train', 'test', 'val'], 'subset': (1, 10 ** 10),
     'source': ['generator', 'folder'], 'strategy': ['adaptive', 'constant', 'random', 'retrieval', 'latent', 'none'],
+    'generator.kind': ['unclip', 'maskgit'], 'keep_border': (0, 1000), 'share': (0.0, 1.0),
+    'decoder': ['official', 'port'], 'temperature': (0.0, 1000.0), 'sharpness': (0.001, 1000.0),
+    'guidance': (0.0, 1000.0),
     'kind': ['biggan', 'stylegan2'], 'anchors': (1, 10 ** 9), 'truncation': (0.0, 100.0), 'psi': (0.0, 1.0),
     'crop': (1, 8192), 'std': (0.0, 100.0),
     'noise_level': (0, 999),
@@ -233,6 +257,13 @@ def check(config):
     latent, absent = config['strategy'] == 'latent', []
     if config['strategy'] == 'retrieval' and not elsewhere:
         needs.remove('generator.model')
+    if by_mask(config):
+        needs.remove('proportions')
+        if config['strategy'] != 'adaptive':
+            raise Fail(f"strategy: {config['strategy']} chooses noise levels, and generator.kind maskgit has none; "
+                       'leave it out')
+        if config['generator']['mask']['guidance'] and not config['generator']['mask']['labels']:
+            raise Fail('generator.mask.guidance: without labels there is nothing to guide by; set it to 0')
     if latent:
         if elsewhere:
             raise Fail('strategy: latent makes the views, source: folder has them; set one of the two')
@@ -250,10 +281,16 @@ def check(config):
             raise Fail(f'generator.fallbacks: {name!r} is no folder or hub id')
 
 
+def by_mask(config):
+    """Whether MaskGIT makes the views."""
+    return config['generator']['kind'] == 'maskgit' and config['source'] == 'generator' \
+        and config['strategy'] not in ('none', 'latent', 'retrieval')
+
+
 def noise_levels(config, source):
     """Noise level (-1: no view) and embedding of every image, a checksum of both, and what stage 1 knew them by."""
     count = len(source)
-    if config['strategy'] in ('none', 'latent'):
+    if config['strategy'] in ('none', 'latent') or by_mask(config):
         return np.full(count, -1 if config['strategy'] == 'none' else 0), None, None, None
     if not config['proportions']:  # views made elsewhere
         return np.full(count, config['noise_level']), None, None, None
@@ -327,6 +364,7 @@ def same_settings(path, settings, moved, claim=False):
 
 def generate(config, chunks, source, levels, embeddings, record, settings_agree, processes, log, stop):
     retrieved, latent = (config['strategy'] == name for name in ('retrieval', 'latent'))
+    conditions = levels
     if latent:
         from latents import LatentPairs
         generator = LatentPairs(config['latent'], config['seed'], config['view_size'], processes.device)
@@ -335,6 +373,9 @@ def generate(config, chunks, source, levels, embeddings, record, settings_agree,
         folder, own = Path(config['pool'] or config['proportions']), Path(config['proportions'])
         generator = Retrieval(folder, folder.resolve() == own.resolve(), config['view_size'], config['views_per_image'],
                               processes.device)
+    elif by_mask(config):
+        from maskgit import MaskGIT
+        generator, conditions = MaskGIT(config['generator'], processes.device, len(source.classes)), source.labels
     else:
         from generators import UnCLIP
         generator = UnCLIP(config['generator'], processes.device)
@@ -378,7 +419,7 @@ def generate(config, chunks, source, levels, embeddings, record, settings_agree,
                     condition = None if latent else embeddings[batch] if not own else generator.embed(
                         [picture[0] if picture else Image.new('RGB', (64, 64)) for picture in pictures])
                     drawn = full if retrieved or latent else [view_seed(config['seed'], *pair) for pair in full]
-                    images = generator.views(condition, levels[batch], drawn)
+                    images = generator.views(condition, conditions[batch], drawn)
                 except torch.cuda.OutOfMemoryError:
                     images = None  # what the error holds on to is free only below
                 if images is None:
@@ -397,7 +438,7 @@ def generate(config, chunks, source, levels, embeddings, record, settings_agree,
                     claimed = True
                 for (i, v), picture, image in zip(part, pictures, images):
                     if not picture or not (image.any() or latent):  # a GAN may well draw black
-                        records[i]['error'] = 'the generator gave NaN' if picture else 'source image cannot be read'
+                        records[i]['error'] = 'the generator gave NaN' if picture else UNREADABLE
                     else:
                         files[names(i)[v]] = pool.submit(encode_view, image, config['view_size'], kind)
                         encoding.append(files[names(i)[v]])
@@ -422,13 +463,15 @@ def view_seed(seed, i, v):
 # ---------------------------------------------------------------------------------------------------
 # Verification
 
-def verify(config, chunks, record, beton, beton_too, log, stop):
+def verify(config, chunks, source, record, beton, beton_too, log, stop):
     """Read chunks and beton back. What is wrong is counted, what holds it set aside, and the process exits with 1."""
     names = view_names(per_index(config), config['view_format'])
 
     def inspect(chunk):
         path, indices = chunk
         records = {i: record(i) for i in indices}
+        for i in indices if by_mask(config) and not stop else ():  # no stage 1 has looked at them
+            records[i] |= {} if opened(source, i) else {'error': UNREADABLE}
         views = {name: i for i in indices if 'error' not in records[i] for name in names(i)}
         return ([], {}, '') if stop else chunk_defects(path, records, views, config['view_size'])
 
