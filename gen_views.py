@@ -16,6 +16,9 @@ and exits with 1. A chunk with something wrong becomes 000012.tar.bad (empty whe
 reported, and the same command, with verify=true or without, makes it again. So it is with a beton that is damaged or
 was packed from such chunks.
 
+generator.kind: icgan has IC-GAN draw a neighbour of the image (GenCL). With condition: pipeline it needs nothing of
+stage 1: the features that it starts from are made here, in the same pass over the images.
+
 strategy: latent needs no images: a GAN makes both of a pair from latents (COP-Gen, hierarchical-latent), of which the
 second is the first one moved (`latent.chunks`). The chunk then holds {index:08d}.png, the anchor, and .1.png.
 
@@ -64,16 +67,23 @@ noise_level: 200          # of strategy constant (and of views made elsewhere, w
 pool: ''                  # of strategy retrieval: run folder of fg_proportion.py (same encoder) on the images to choose
                           # from, which must still be where they were; empty: the images themselves
 generator:
-  model: ''               # folder in diffusers' layout or hub id of a Stable unCLIP image-variation model
+  kind: unclip            # unclip | icgan (GenCL's noise-based views; it looks at model, condition and noise alone)
+  model: ''               # folder in diffusers' layout or hub id of a Stable unCLIP image-variation model; icgan: a
+                          # published G_ema_best*.pth, or a folder (config.json, model.safetensors)
   fallbacks: []           # further ids, tried in turn
   steps: 20               # denoising steps (appendix A)
   guidance_scale: 10.0    # (appendix A)
   precision: auto         # fp32 | bf16 | fp16 | auto: fp16 on a GPU, on a CPU bf16 if it has AVX512-BF16
                           # and else fp32
   condition: stored       # stored: the embeddings of stage 1 | pipeline: the generator's own image encoder sees the
-                          # images, for one that was trained with another encoder than that of stage 1
+                          # images, for one that was trained with another encoder than that of stage 1 (icgan:
+                          # noise.extractor does, and proportions may stay empty)
   vae_slicing: false      # decode one image after the other: less memory
   compile: false          # torch.compile of the UNet: the first batch takes minutes, the others less
+  noise:                  # of kind icgan
+    extractor: ''         # the ResNet-50 it was trained with: swav_800ep_pretrain.pth.tar; with classes: torchvision's
+    truncation: 0.0       # latents are standard normal, cut off at +- twice this (official demo: 0.7); 0: not cut off
+    label: !int null      # class of all views, of a generator with classes; null: each image's own
 latent:                   # of strategy latent; takes the place of dataset, proportions and generator
   kind: biggan            # biggan (BigBiGAN) | stylegan2
   model: ''               # BigBiGAN_x1.pth, a folder (config.json, model.safetensors), or a StyleGAN2 file (.pt, .pkl,
@@ -105,6 +115,8 @@ pack: !bool null          # null: whichever process finds all chunks there write
 device: auto              # auto | cpu | cuda
 """
 LEVELS = (0, 100, 200, 300, 400)
+# keys of `generator` that the views of its kind do not depend on, and those that were not there before other kinds were
+UNSEEN = {'unclip': {'kind', 'noise'}, 'icgan': {'fallbacks', 'steps', 'guidance_scale', 'precision'}}
 
 
 def main(config):
@@ -131,13 +143,17 @@ def main(config):
                         weights=[weights_checksum(name) for name in made_of if name])
     elif config['strategy'] != 'none':
         retrieved = config['strategy'] == 'retrieval'
-        unseen = {'vae_slicing', 'compile'} | ({'condition'} if config['generator']['condition'] == 'stored' else set())
+        spec = config['generator']
+        unseen = {'vae_slicing', 'compile', *UNSEEN[spec['kind']]} | (
+            {'condition'} if spec['condition'] == 'stored' else set())
         settings.update({k: config[k] for k in ('seed', 'view_size', 'view_format', 'chunk_size')},
-                        generator=None if retrieved else {k: v for k, v in config['generator'].items()
-                                                          if k not in unseen},
+                        generator=None if retrieved else {k: v for k, v in spec.items() if k not in unseen},
                         proportions=checksum, **({'pool': pool_checksum(config['pool'])} if retrieved else {}),
                         noise_level=config['noise_level'] if config['strategy'] == 'constant' else None,
                         **({'views_per_image': config['views_per_image']} if config['views_per_image'] > 1 else {}))
+        if spec['kind'] == 'icgan' and not retrieved:
+            made_of = [spec['model']] + [spec['noise']['extractor']] * (spec['condition'] == 'pipeline')
+            settings['weights'] = list(map(weights_checksum, made_of))
     moved = () if embeddings is None else ('dataset.root',)  # a dataset may move: its embeddings tell which one it is
     settings_agree = partial(same_settings, output / 'settings.json', settings, moved)
     settings_agree()  # before anything is written
@@ -218,8 +234,8 @@ def main(config):
 ALLOWED = {
     'output': 'folder', 'name': 'dataset', 'root': 'folder', 'split': ['train', 'test', 'val'], 'subset': (1, 10 ** 10),
     'source': ['generator', 'folder'], 'strategy': ['adaptive', 'constant', 'random', 'retrieval', 'latent', 'none'],
-    'kind': ['biggan', 'stylegan2'], 'anchors': (1, 10 ** 9), 'truncation': (0.0, 100.0), 'psi': (0.0, 1.0),
-    'crop': (1, 8192), 'std': (0.0, 100.0),
+    'generator.kind': list(UNSEEN), 'label': (0, 10 ** 6), 'latent.kind': ['biggan', 'stylegan2'],
+    'anchors': (1, 10 ** 9), 'truncation': (0.0, 100.0), 'psi': (0.0, 1.0), 'crop': (1, 8192), 'std': (0.0, 100.0),
     'noise_level': (0, 999),
     'steps': (1, 1000), 'guidance_scale': (0.0, 1000.0), 'condition': ['stored', 'pipeline'], 'seed': (0, 10 ** 12),
     'views_per_image': (1, 90), 'batch_size': (1, 10 ** 5), 'chunk_size': (1, 10 ** 9), 'view_size': (1, 8192),
@@ -239,8 +255,16 @@ def check(config):
         if config['views_per_image'] > 1 and not config['latent']['chunks']:
             raise Fail('views_per_image: strategy latent without latent.chunks makes no views; set it to 1')
         needs, absent = ['latent.model'], ['name', 'root']
+    if 'generator.model' in needs and (config['generator']['kind'], config['generator']['condition']) == (
+            'icgan', 'pipeline'):
+        needs.append('generator.noise.extractor')
+        if not config['proportions']:
+            needs.remove('proportions')
+            if config['strategy'] != 'constant':
+                raise Fail(f"strategy: {config['strategy']} needs the noise levels of proportions; set strategy to "
+                           "constant (noise_level to 0 for IC-GAN's published files), or proportions")
     check_values(config, {**{k: rule for k, rule in ALLOWED.items() if k not in absent},
-                          **dict.fromkeys(needs, 'file' if latent else 'folder')})
+                          **{need: 'file' if latent or need.endswith('extractor') else 'folder' for need in needs}})
     if elsewhere and (not generated or config['views_per_image'] > 1):
         raise Fail('source: folder packs one view an image; set views_per_image to 1, strategy to another than none')
     if elsewhere and config['strategy'] == 'retrieval':
@@ -255,7 +279,7 @@ def noise_levels(config, source):
     count = len(source)
     if config['strategy'] in ('none', 'latent'):
         return np.full(count, -1 if config['strategy'] == 'none' else 0), None, None, None
-    if not config['proportions']:  # views made elsewhere
+    if not config['proportions']:  # views made elsewhere, or of images that no stage has seen
         return np.full(count, config['noise_level']), None, None, None
     retrieved = config['strategy'] == 'retrieval'
     stored = retrieved or config['source'] == 'generator' and config['generator']['condition'] == 'stored'
@@ -327,6 +351,7 @@ def same_settings(path, settings, moved, claim=False):
 
 def generate(config, chunks, source, levels, embeddings, record, settings_agree, processes, log, stop):
     retrieved, latent = (config['strategy'] == name for name in ('retrieval', 'latent'))
+    labels = None
     if latent:
         from latents import LatentPairs
         generator = LatentPairs(config['latent'], config['seed'], config['view_size'], processes.device)
@@ -335,12 +360,18 @@ def generate(config, chunks, source, levels, embeddings, record, settings_agree,
         folder, own = Path(config['pool'] or config['proportions']), Path(config['proportions'])
         generator = Retrieval(folder, folder.resolve() == own.resolve(), config['view_size'], config['views_per_image'],
                               processes.device)
+    elif config['generator']['kind'] == 'icgan':
+        from generators import ICGAN
+        generator = ICGAN(config['generator'], processes.device)
+        labels = classes_of_views(config, generator, source)
+        if not generator.levels and (config['strategy'], config['noise_level']) != ('constant', 0):
+            raise Fail(f'strategy: {generator.name} knows no noise levels; set strategy to constant, noise_level to 0')
     else:
         from generators import UnCLIP
         generator = UnCLIP(config['generator'], processes.device)
     if embeddings is not None and embeddings.shape[1] != generator.embedding_dim:
         raise Fail(f"{config['proportions']}: embeddings have {embeddings.shape[1]} dimensions, {generator.name} wants "
-                   f'{generator.embedding_dim}; run fg_proportion.py with the CLIP that the generator was trained '
+                   f'{generator.embedding_dim}; run fg_proportion.py with the encoder that the generator was trained '
                    'with, or set generator.condition to pipeline')
     log.write(f'generator {generator.name} on {processes.device}, {generator.dtype}')
     several, kind, claimed = per_index(config), config['view_format'], False
@@ -378,7 +409,8 @@ def generate(config, chunks, source, levels, embeddings, record, settings_agree,
                     condition = None if latent else embeddings[batch] if not own else generator.embed(
                         [picture[0] if picture else Image.new('RGB', (64, 64)) for picture in pictures])
                     drawn = full if retrieved or latent else [view_seed(config['seed'], *pair) for pair in full]
-                    images = generator.views(condition, levels[batch], drawn)
+                    classes = [] if labels is None else [labels[batch]]
+                    images = generator.views(condition, levels[batch], drawn, *classes)
                 except torch.cuda.OutOfMemoryError:
                     images = None  # what the error holds on to is free only below
                 if images is None:
@@ -412,6 +444,20 @@ def generate(config, chunks, source, levels, embeddings, record, settings_agree,
             files.update({f'{i:08d}.json': json.dumps(r).encode() for i, r in records.items()})
             writing.append((pool.submit(atomic, path, partial(write_chunk, files=files)), path, views, seconds))
         collect()
+
+
+def classes_of_views(config, generator, source):
+    """The class (N,) that the view of each image is to have, or None where the generator knows no classes."""
+    label, classes = config['generator']['noise']['label'], generator.classes
+    if label is None and not classes:
+        return None
+    if (label or 0) >= classes:
+        raise Fail(f'generator.noise.label: {label}, but {generator.name} has {classes} classes; set it to '
+                   + (f'0 to {classes - 1}' if classes else 'null'))
+    if label is None and len(source.classes) != classes:
+        raise Fail(f'generator.noise.label: {generator.name} has {classes} classes, the dataset {len(source.classes)}: '
+                   'which is which is not known; set it to the class that all views shall have')
+    return source.labels if label is None else np.full(len(source), label)
 
 
 def view_seed(seed, i, v):

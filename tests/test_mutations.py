@@ -313,7 +313,8 @@ SENSELESS = {  # key=value; ...
     'gen_views': """generator.guidance_scale=-1; generator.fallbacks=[3]; dataset.subset=0; pack=a;
         views_per_image=1000000; grid=0; image_size=text; output=; beton_quality=0; noise_level=1000;
         generator.steps=1000000; proportions=; latent.truncation=-1; latent.psi=2; latent.anchors=0;
-        latent.kind=gan; latent.chunks=3; latent.chunks.1-5=3; latent.chunks.1-5.std=-1; latent.chunks.1-5.stdd=1""",
+        latent.kind=gan; generator.kind=gan; generator.noise.truncation=-1; generator.noise.label=-1;
+        latent.chunks=3; latent.chunks.1-5=3; latent.chunks.1-5.std=-1; latent.chunks.1-5.stdd=1""",
     'train_walker': """chunks=; lr=0; samples=-1; batch_size=1; stop_loss=-1; estimator.temperature=0; first=both;
         walker=random; start=zero; view.flip=2; view.jitter=[1]; normalization=text; latent.model=; seed=-1;
         latent.size=1; image_size=0; output=""",
