@@ -294,7 +294,7 @@ SENSELESS = {  # key=value; ...
         knn.temperature=1e-5; optimizer.exclude_1d=3; save_every_steps=a; quality.clip.image_size=text; seed=-1;
         data.swap=a; view_1.randaugment=0.5; view_2.randaugment_magnitude=[10]; simclr.negative_mixing=-1;
         nnclr.queue=0; supcon.temperature=0; optimizer.final_lr=-1; data.online.images_per_epoch=-1;
-        data.online.chunks.1.std=-1; view_1.resize=text;
+        data.online.chunks.1.std=-1; view_1.resize=text; view_generated.blur_prob=2; view_generated.gray_prob=-0.1;
         backbone.width=1000000; vicreg.variance=-1; data.alpha=1.1""",
     'linear_eval': """linear.momentum=1; linear.lr=1e9; linear.more_lrs=[[1]]; linear.more_lrs=[1e9];
         linear.milestones=[a]; linear.weight_decay=1; knn.temperature=1e-5; image_size=-1; image_size=0; resize=a;
