@@ -156,17 +156,24 @@ def biggan(path):
     and model.safetensors. Raises Fail for what is not one."""
     path = Path(path)
     if path.is_dir():
-        config, state = load_json(path / 'config.json'), load_checkpoint(path / 'model.safetensors')
-    else:
-        config, state = BIGBIGAN, load_checkpoint(path)
-        if not isinstance(state, dict) or 'shared.weight' not in state or 'linear.u0' not in state:
-            raise Fail(f'{path}: is not the state dict of a BigBiGAN generator (no shared.weight, linear.u0)')
-        if (state['shared.weight'] != state['shared.weight'][:1]).any():
-            raise Fail(f'{path}: is conditioned on classes: the rows of shared.weight differ, which they do not in '
-                       'BigBiGAN')
-        state = {**state, 'shared': state['shared.weight'][0]}
-        del state['shared.weight']
-    return filled(path, lambda: BigGAN(**config), {key: value.float() for key, value in state.items()})
+        network = _embedded(path)
+        if network.feature:
+            raise Fail(f'{path}: is conditioned on features of images; gen_views.py generator.kind=icgan takes it')
+        return network
+    state = load_checkpoint(path)
+    if not isinstance(state, dict) or 'shared.weight' not in state or 'linear.u0' not in state:
+        raise Fail(f'{path}: is not the state dict of a BigBiGAN generator (no shared.weight, linear.u0)')
+    if (state['shared.weight'] != state['shared.weight'][:1]).any():
+        raise Fail(f'{path}: is conditioned on classes: the rows of shared.weight differ, which they do not in '
+                   'BigBiGAN')
+    state = {**state, 'shared': state['shared.weight'][0]}
+    del state['shared.weight']
+    return filled(path, lambda: BigGAN(**BIGBIGAN), state)
+
+
+def _embedded(folder):
+    config = load_json(folder / 'config.json')
+    return filled(folder, lambda: BigGAN(**config), load_checkpoint(folder / 'model.safetensors'))
 
 
 def icgan(path):
@@ -174,7 +181,7 @@ def icgan(path):
     shapes tell), or of a folder as `biggan` reads it. Raises Fail for what is not one."""
     path = Path(path)
     if path.is_dir():
-        network = biggan(path)
+        network = _embedded(path)
         if not network.feature:
             raise Fail(f'{path}: its config.json names no feature: a BigGAN that no feature conditions')
         return network
@@ -207,8 +214,9 @@ def filled(path, make, state, eps=1e-4):
     try:
         with torch.device('meta'):
             network = make()
+        state = {name: value.float() for name, value in state.items()}
         network.load_state_dict(fold_spectral_norm(state, eps), assign=True)
-    except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
+    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
         raise Fail(f'{path}: does not fit its network: ' + ' '.join(str(error).split())[:200]) from None
     return network.eval().requires_grad_(False)
 

@@ -115,7 +115,7 @@ pack: !bool null          # null: whichever process finds all chunks there write
 device: auto              # auto | cpu | cuda
 """
 LEVELS = (0, 100, 200, 300, 400)
-# keys of `generator` that the views of its kind do not depend on, and those that were not there before other kinds were
+# keys of `generator` that the views of a kind do not depend on; the first kind is known by having none in its settings
 UNSEEN = {'unclip': {'kind', 'noise'}, 'icgan': {'fallbacks', 'steps', 'guidance_scale', 'precision'}}
 
 

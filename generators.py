@@ -4,7 +4,8 @@
     generator.views(embeddings (B, D), noise_levels (B,), seeds [int] * B) -> uint8 (B, H, W, 3) on the CPU
 
 `seeds` decide everything random: the view of an image does not depend on what else is in its batch. Retrieval, which
-generates nothing, takes pairs (index of the image, number of the view) in their place.
+generates nothing, takes pairs (index of the image, number of the view) in their place. A generator with classes is
+given labels (B,) too.
 """
 import json
 from concurrent.futures import ThreadPoolExecutor

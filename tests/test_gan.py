@@ -571,6 +571,7 @@ def test_files_that_are_no_icgan(tmp_path):
             ({'config': {'G_activation': torch.nn.ReLU()}}, f'holds objects of .*ReLU.*; of .* {names}'),
             ({k: v for k, v in state.items() if k != 'blocks.1.0.conv2.bias'}, 'does not fit its network.*conv2'),
             ({k: v for k, v in state.items() if k != 'blocks.0.0.bn1.gain.weight'}, 'does not fit .*bn1.gain'),
+            ({**state, 'shared_feat.u0': 3}, 'g.pth: does not fit its network'),
             ({**state, 'shared_feat.bias': torch.zeros(7)}, 'g.pth: does not fit its network.*shared_feat.bias')):
         torch.save(content, path)
         with pytest.raises(Fail, match=message) as error:
@@ -593,3 +594,5 @@ def test_folders_of_embedded_icgans(tmp_path):
         assert network(torch.randn(2, 48), torch.randn(2, 7), labels).shape == (2, 3, 32, 32)
         assert network.levels == (name == 'levels') and network.classes == 5 * (name == 'classes')
     assert gan.icgan(tmp_path / 'levels').feature_mean.shape == (6,)
+    with pytest.raises(Fail, match='levels: is conditioned on features of images'):
+        gan.biggan(tmp_path / 'levels')
