@@ -103,7 +103,8 @@ GENCL_1 = {  # name: (row, numbers, keys of view_1 and view_2 that are VICReg's:
     'blur': ('Gaussian Blur + Generative', '54.2 78.3', {'blur_prob'}),
     'greyscale': ('Greyscale + Generative', '52.7 77.3', {'gray_prob'})}
 GENCL_GAMMA = {  # name: (table, {gamma in percent: numbers})
-    'icgan': ('Table 2', {25: '66.3 87.0', 50: '65.9 86.7', 75: '65.3 86.1', 100: '64.0 85.0'})}
+    'icgan': ('Table 2', {25: '66.3 87.0', 50: '65.9 86.7', 75: '65.3 86.1', 100: '64.0 85.0'}),
+    'maskgit': ('Table 3', {25: '67.9 87.9', 50: '68.5 88.3', 75: '68.5 88.4', 100: '67.5 87.5'})}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
