@@ -528,9 +528,10 @@ def _augment(image, height, width, recipe, d, rows, planes, floats, out):
 @njit(**JIT)
 def render(io, table, first, last, seed, epoch, alpha, swap, recipes, offsets, file, images, rows, planes, floats,
             out, synthetic):
-    """Fill the samples first..last of a batch: io = (pread, imdecode, file descriptor of each beton), table (B, 13).
-    Returns -1, or 4 * sample + 2 * source + error - 1 of the first sample that cannot be read."""
-    views = len(recipes)
+    """Fill the samples first..last of a batch: io = (pread, imdecode, file descriptor of each beton), table (B, 13),
+    recipes (2, views, SPREAD + 1) of views from the image and of those from the synthetic one. Returns -1, or
+    4 * sample + 2 * source + error - 1 of the first sample that cannot be read."""
+    views = recipes.shape[1]
     for i in range(first, last):
         row = table[i]
         pair = _key(seed, epoch, row[KEY], 1 << 33)
@@ -553,10 +554,11 @@ def render(io, table, first, last, seed, epoch, alpha, swap, recipes, offsets, f
                     loaded1 = True
                 else:
                     loaded0 = True
-            area = int(recipes[v, SIZE]) ** 2 * 3
+            recipe = recipes[source, v]
+            area = int(recipe[SIZE]) ** 2 * 3
             begin = offsets[v] + i * area
-            d = _draw(_key(seed, epoch, row[KEY], v), recipes[v], height, width)
-            _augment(image, height, width, recipes[v], d, rows, planes, floats, out[begin:begin + area])
+            d = _draw(_key(seed, epoch, row[KEY], v), recipe, height, width)
+            _augment(image, height, width, recipe, d, rows, planes, floats, out[begin:begin + area])
     return -1
 
 

@@ -276,7 +276,8 @@ def changed_keys(old, new, ignore=(), prefix=''):
     names = [f'{prefix}{k}' for k in {**old, **new}]
     found = []
     for name, key in zip(names, {**old, **new}):
-        a, b = old.get(key), new.get(key)
+        b = new.get(key)
+        a = old.get(key, {} if isinstance(b, dict) else None)  # an earlier version lacks the block: null
         if name in ignore or a == b:
             continue
         if isinstance(a, dict) and isinstance(b, dict):

@@ -259,6 +259,7 @@ class PairLoader:
                  resized to `resize`, the centre cut out), flip, jitter [brightness, contrast, saturation, hue],
                  jitter_prob, gray_prob, blur_prob, blur_sigma [lo, hi], solarize_prob, randaugment (operations),
                  randaugment_magnitude [mean, standard deviation]. What is left out is off.
+    generated    what a view that is cut from a synthetic image has instead in its recipe, {'blur_prob': 0.0} say
     alpha        probability that one view of a sample is cut from its synthetic image (GenView sec. 3.2)
     swap         which of the first two views: 'random' (each sample and epoch anew, as GenView's code), 'first',
                  'second'. A sample without a synthetic image takes every view from the original. Further views, the
@@ -275,14 +276,15 @@ class PairLoader:
     G = batch_size * world, of which every rank takes its slice: the same for any world size with the same G."""
 
     def __init__(self, path, views, alpha=1.0, swap='random', *, batch_size, seed, num_workers, rank=0, world=1,
-                 drop_last=True, shuffle=True, indices=None, verify=None, pin_memory=False):
+                 drop_last=True, shuffle=True, indices=None, verify=None, pin_memory=False, generated=None):
         paths = path if isinstance(path, (list, tuple)) else [path]
         if not paths or not all(isinstance(p, (str, os.PathLike)) for p in paths):
             raise Fail(f'path: {path!r} is neither the name of a beton nor a list of such names')
         self.paths, self.alpha, self.shuffle, self.pin_memory = list(map(Path, paths)), alpha, shuffle, pin_memory
         if not views:
             raise Fail('views: at least one recipe is needed')
-        self.recipes = np.array([recipe_row(r, f'views[{k}]') for k, r in enumerate(views)])
+        self.recipes = np.array([[recipe_row({**r, **instead} if instead else r, f'views[{k}]')
+                                  for k, r in enumerate(views)] for instead in (None, generated)])
         if swap not in ('random', 'first', 'second') or (swap == 'second' and len(views) < 2):
             raise Fail(f"swap: {swap!r} is not one of random, first, second (the last with two views or more)")
         if not isinstance(alpha, (int, float)) or not 0 <= alpha <= 1:
@@ -323,7 +325,7 @@ class PairLoader:
         self.keys = np.where(self.file_of == 0, self.metadata['f3'], (1 << 62) + np.arange(n))
         self.io = np.array([c_cast(libc.pread, c_void_p).value, c_cast(ctypes_imdecode, c_void_p).value,
                             *(file.fileno() for file in self.files)], np.int64)
-        size = int(self.recipes[:, SIZE].max())
+        size = int(self.recipes[..., SIZE].max())
         height, width = (self.stored[side].max(1).astype(np.int64) for side in ('height', 'width'))
         self.scratch = [(self.region_bytes.max(), np.uint8), ((2, 3 * (height * width).max()), np.uint8),
                         (3 * height.max() * size, np.uint8), (3 * size ** 2, np.uint8), (2 * size ** 2, np.float32)]
@@ -377,12 +379,13 @@ class PairLoader:
             columns[:] = (stored['data_ptr'], self.region_bytes[ids, column], stored['height'], stored['width'],
                           stored['mode'] == JPG)
         table[:, FILE], table[:, KEY], table[:, HAS_VIEW] = self.file_of[ids], self.keys[ids], meta['f4'] >= 0
-        areas = (self.recipes[:, SIZE] ** 2 * 3).astype(np.int64) * n
+        sizes = self.recipes[IMAGE, :, SIZE].astype(np.int64)
+        areas = sizes ** 2 * 3 * n
         offsets = np.concatenate([[0], np.cumsum(areas)])
         pixels = torch.empty(int(offsets[-1]), dtype=torch.uint8, pin_memory=self.pin_memory)
         synthetic = torch.empty(n, dtype=torch.int8)
         batch = {'views': [], 'synthetic': synthetic}
-        for v, size in enumerate(self.recipes[:, SIZE].astype(int).tolist()):
+        for v, size in enumerate(sizes.tolist()):
             batch['views'].append(pixels[offsets[v]:offsets[v + 1]].view(n, size, size, 3).permute(0, 3, 1, 2))
         for name, column in (('label', 'f2'), ('index', 'f3'), ('noise_level', 'f4')):
             batch[name] = torch.from_numpy(meta[column].copy())

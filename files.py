@@ -138,14 +138,15 @@ def load_checkpoint(path, mend=None):
 
 
 def weights_checksum(path):
-    """Of the bytes of a file, or of model.safetensors in a folder: a number that tells other weights."""
-    path = Path(path)
-    path = path / 'model.safetensors' if path.is_dir() else path
+    """Of the bytes of a file, or of all .safetensors below a folder: a number that tells other weights."""
+    path, found = Path(path), 0
     try:
-        return zlib.crc32(path.read_bytes())
+        for file in (sorted(path.rglob('*.safetensors')) or [path / 'model.safetensors']) if path.is_dir() else [path]:
+            found = zlib.crc32(file.read_bytes(), found)
     except OSError as error:
-        raise Fail(f'{path}: ' + ('no such checkpoint' if isinstance(error, FileNotFoundError) else
+        raise Fail(f'{file}: ' + ('no such checkpoint' if isinstance(error, FileNotFoundError) else
                                   f'cannot be read: {error.strerror}')) from None
+    return found
 
 
 def load_json(path, mend=None):

@@ -2,6 +2,8 @@
 
     generator = biggan('BigBiGAN_x1.pth')              # or a folder: config.json and model.safetensors
     image = generator(z)                               # (B, 120) -> (B, 3, 128, 128) in -1..1
+    generator = icgan('G_ema_best0.pth')               # or a folder
+    image = generator(z, feature)                      # (B, 119), (B, 2048) -> (B, 3, 256, 256)
     generator = stylegan2('stylegan2-car-config-f.pkl')
     image = generator.synthesis(generator.mapping(z)[:, None].expand(-1, generator.num_ws, -1))
 
@@ -25,19 +27,20 @@ from files import load_checkpoint, load_json, unreadable
 
 
 # ---------------------------------------------------------------------------------------------------
-# BigGAN with a hierarchical latent (Brock et al. 2019), of which BigBiGAN's generator is one
+# BigGAN with a hierarchical latent (Brock et al. 2019), of which the generators of BigBiGAN and IC-GAN are two
 
 class ConditionalNorm(nn.Module):
     """Batch norm whose scale 1 + gain(y) and shift bias(y) are linear in the condition."""
 
-    def __init__(self, channels, condition):
+    def __init__(self, channels, condition, eps):
         super().__init__()
+        self.eps = eps
         self.gain, self.bias = (nn.Linear(condition, channels, bias=False) for _ in range(2))
         self.register_buffer('stored_mean', torch.zeros(channels))
         self.register_buffer('stored_var', torch.ones(channels))
 
     def forward(self, x, y):
-        x = F.batch_norm(x, self.stored_mean, self.stored_var, training=self.training, eps=1e-4)
+        x = F.batch_norm(x, self.stored_mean, self.stored_var, training=self.training, eps=self.eps)
         return x * (1 + self.gain(y))[:, :, None, None] + self.bias(y)[:, :, None, None]
 
 
@@ -55,11 +58,11 @@ class Norm(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, inputs, outputs, condition, up):
+    def __init__(self, inputs, outputs, condition, up, eps):
         super().__init__()
         self.up = up
         self.conv1, self.conv2 = nn.Conv2d(inputs, outputs, 3, padding=1), nn.Conv2d(outputs, outputs, 3, padding=1)
-        self.bn1, self.bn2 = ConditionalNorm(inputs, condition), ConditionalNorm(outputs, condition)
+        self.bn1, self.bn2 = ConditionalNorm(inputs, condition, eps), ConditionalNorm(outputs, condition, eps)
         self.conv_sc = nn.Conv2d(inputs, outputs, 1) if up or inputs != outputs else nn.Identity()
 
     def forward(self, x, y):
@@ -92,25 +95,39 @@ class BigGAN(nn.Module):
 
     widths: channels of the input and of each block's output. up: which blocks double the side, from 4 pixels on.
     attention: the block that self-attention follows, or None. chunk: dimensions of a chunk. shared: of the vector.
-    feature: dimensions of an instance feature, from which the vector is made (IC-GAN, Casanova et al. 2021)."""
+    eps: of the blocks' batch norm.
+    IC-GAN (Casanova et al. 2021): feature: dimensions of an instance feature, from which the vector is made. classes:
+    (number of classes, dimensions) of an embedding that stands before it, or None. levels: the last of the feature's
+    dimensions tells how noisy the others are, which are standardised by feature_mean and feature_std beforehand."""
 
-    def __init__(self, widths, up, attention=None, chunk=20, shared=128, feature=None):
+    def __init__(self, widths, up, attention=None, chunk=20, shared=128, feature=None, classes=None, levels=False,
+                 eps=1e-4):
         super().__init__()
         self.chunks, self.chunk, self.resolution = len(widths), chunk, 4 * 2 ** sum(map(bool, up))
+        self.feature, self.classes, self.levels = feature, classes[0] if classes else 0, levels
         if feature:
             self.shared_feat = nn.Linear(feature, shared)
         else:
             self.register_buffer('shared', torch.zeros(shared))  # the condition of all images
+        if classes:
+            self.shared = nn.Embedding(*classes)
+        if levels:
+            self.register_buffer('feature_mean', torch.zeros(feature - 1))
+            self.register_buffer('feature_std', torch.ones(feature - 1))
         self.linear = nn.Linear(chunk, widths[0] * 16)
+        condition = shared + chunk + (classes[1] if classes else 0)
         self.blocks = nn.ModuleList(
-            nn.ModuleList([Block(widths[k], widths[k + 1], shared + chunk, up[k]),
+            nn.ModuleList([Block(widths[k], widths[k + 1], condition, up[k], eps),
                            *([Attention(widths[k + 1])] if k == attention else [])]) for k in range(len(up)))
         self.output_layer = nn.Sequential(Norm(widths[-1]), nn.ReLU(), nn.Conv2d(widths[-1], 3, 3, padding=1))
 
-    def forward(self, z, feature=None):
-        """z (B, chunks x chunk), feature (B, feature) where there is one -> (B, 3, resolution, resolution) in -1..1."""
+    def forward(self, z, feature=None, labels=None):
+        """z (B, chunks x chunk), feature (B, feature) and labels (B,) where there are some -> (B, 3, resolution,
+        resolution) in -1..1."""
         first, *chunks = z.split(self.chunk, 1)
         shared = self.shared.expand(len(z), -1) if feature is None else self.shared_feat(feature)
+        if labels is not None:
+            shared = torch.cat([self.shared(labels), shared], 1)
         x = self.linear(first).unflatten(1, (-1, 4, 4))
         for layers, chunk in zip(self.blocks, chunks):
             for layer in layers:
@@ -121,14 +138,15 @@ class BigGAN(nn.Module):
 BIGBIGAN = dict(widths=[1536, 1536, 768, 384, 192, 96], up=[1, 1, 1, 1, 1], attention=3, chunk=20, shared=128)
 
 
-def fold_spectral_norm(state):
-    """Weights divided by their largest singular value as the published code estimates it in eval mode: one power step
-    from the stored vector u0 (`sv0`, a log, was never filled). Changes `state` and returns it."""
+def fold_spectral_norm(state, eps):
+    """Weights divided by their largest singular value as the published codes estimate it in eval mode: one power step
+    from the stored vector u0 (`sv0` is a log: never filled in BigBiGAN, an average in IC-GAN). Changes `state` and
+    returns it."""
     for name in [key.removesuffix('.u0') for key in state if key.endswith('.u0')]:
         weight, u = state[f'{name}.weight'].flatten(1), state.pop(f'{name}.u0')
         state.pop(f'{name}.sv0', None)
-        v = F.normalize(u @ weight, eps=1e-4)
-        u = F.normalize(v @ weight.T, eps=1e-4)
+        v = F.normalize(u @ weight, eps=eps)
+        u = F.normalize(v @ weight.T, eps=eps)
         state[f'{name}.weight'] = state[f'{name}.weight'] / (v @ weight.T @ u.T).squeeze()
     return state
 
@@ -138,26 +156,67 @@ def biggan(path):
     and model.safetensors. Raises Fail for what is not one."""
     path = Path(path)
     if path.is_dir():
-        config, state = load_json(path / 'config.json'), load_checkpoint(path / 'model.safetensors')
-    else:
-        config, state = BIGBIGAN, load_checkpoint(path)
-        if not isinstance(state, dict) or 'shared.weight' not in state or 'linear.u0' not in state:
-            raise Fail(f'{path}: is not the state dict of a BigBiGAN generator (no shared.weight, linear.u0)')
-        if (state['shared.weight'] != state['shared.weight'][:1]).any():
-            raise Fail(f'{path}: is conditioned on classes: the rows of shared.weight differ, which they do not in '
-                       'BigBiGAN')
-        state = fold_spectral_norm({**state, 'shared': state['shared.weight'][0]})
-        del state['shared.weight']
-    return filled(path, lambda: BigGAN(**config), {key: value.float() for key, value in state.items()})
+        network = _embedded(path)
+        if network.feature:
+            raise Fail(f'{path}: is conditioned on features of images; gen_views.py generator.kind=icgan takes it')
+        return network
+    state = load_checkpoint(path)
+    if not isinstance(state, dict) or 'shared.weight' not in state or 'linear.u0' not in state:
+        raise Fail(f'{path}: is not the state dict of a BigBiGAN generator (no shared.weight, linear.u0)')
+    if (state['shared.weight'] != state['shared.weight'][:1]).any():
+        raise Fail(f'{path}: is conditioned on classes: the rows of shared.weight differ, which they do not in '
+                   'BigBiGAN')
+    state = {**state, 'shared': state['shared.weight'][0]}
+    del state['shared.weight']
+    return filled(path, lambda: BigGAN(**BIGBIGAN), state)
 
 
-def filled(path, make, state):
-    """The network make() with `state`, in eval mode, frozen."""
+def _embedded(folder):
+    config = load_json(folder / 'config.json')
+    return filled(folder, lambda: BigGAN(**config), load_checkpoint(folder / 'model.safetensors'))
+
+
+def icgan(path):
+    """IC-GAN's generator of a published file (G_ema_best0.pth or G_ema_best1.pth of any resolution, capacity and kind:
+    shapes tell), or of a folder as `biggan` reads it. Raises Fail for what is not one."""
+    path = Path(path)
+    if path.is_dir():
+        network = _embedded(path)
+        if not network.feature:
+            raise Fail(f'{path}: its config.json names no feature: a BigGAN that no feature conditions')
+        return network
+    mend = 'of the published files give G_ema_best0.pth or G_ema_best1.pth'
+    try:
+        state = load_checkpoint(path)
+    except Fail as error:  # state_dict_best0.pth, of the training, holds an activation
+        raise Fail(f'{error}; {mend}' if 'whose code' in str(error) else error) from None
+    if not isinstance(state, dict) or not {'shared_feat.u0', 'shared_feat.weight', 'linear.u0'} <= state.keys():
+        raise Fail(f'{path}: is not the state dict of an IC-GAN generator (no shared_feat.weight, linear.u0); {mend}')
+    return filled(path, lambda: BigGAN(**_icgan_sizes(state)), state, eps=1e-6)
+
+
+def _icgan_sizes(state):
+    """BigGAN's arguments for IC-GAN's state dict, from which an embedding of classes goes that no block sees."""
+    sizes = lambda name: state[f'{name}.weight'].shape
+    blocks = [k for k in range(len(state)) if f'blocks.{k}.0.conv1.weight' in state]
+    (shared, feature), chunk = sizes('shared_feat'), sizes('linear')[1]
+    labelled = sizes('blocks.0.0.bn1.gain')[1] > shared + chunk
+    if not labelled:
+        state.pop('shared.weight', None)
+    return dict(widths=[sizes('linear')[0] // 16, *(sizes(f'blocks.{k}.0.conv1')[0] for k in blocks)],
+                up=[1] * len(blocks), chunk=chunk, shared=shared, feature=feature, eps=1e-5,
+                attention=next((k for k in blocks if f'blocks.{k}.1.gamma' in state), None),
+                classes=list(sizes('shared')) if labelled else None)
+
+
+def filled(path, make, state, eps=1e-4):
+    """The network make() with `state`, in eval mode, frozen. eps: see fold_spectral_norm."""
     try:
         with torch.device('meta'):
             network = make()
-        network.load_state_dict(state, assign=True)
-    except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
+        state = {name: value.float() for name, value in state.items()}
+        network.load_state_dict(fold_spectral_norm(state, eps), assign=True)
+    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
         raise Fail(f'{path}: does not fit its network: ' + ' '.join(str(error).split())[:200]) from None
     return network.eval().requires_grad_(False)
 

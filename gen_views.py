@@ -16,6 +16,9 @@ and exits with 1. A chunk with something wrong becomes 000012.tar.bad (empty whe
 reported, and the same command, with verify=true or without, makes it again. So it is with a beton that is damaged or
 was packed from such chunks.
 
+generator.kind: icgan has IC-GAN draw a neighbour of the image (GenCL). With condition: pipeline it needs nothing of
+stage 1: the features that it starts from are made here, in the same pass over the images.
+
 strategy: latent needs no images: a GAN makes both of a pair from latents (COP-Gen, hierarchical-latent), of which the
 second is the first one moved (`latent.chunks`). The chunk then holds {index:08d}.png, the anchor, and .1.png.
 
@@ -66,18 +69,25 @@ noise_level: 200          # of strategy constant (and of views made elsewhere, w
 pool: ''                  # of strategy retrieval: run folder of fg_proportion.py (same encoder) on the images to choose
                           # from, which must still be where they were; empty: the images themselves
 generator:
-  kind: unclip            # unclip | maskgit (GenCL: draws most of an image's tokens anew; needs no proportions, and
-                          # takes model, precision and mask alone)
-  model: ''               # folder in diffusers' layout or hub id of a Stable unCLIP image-variation model
+  kind: unclip            # unclip | icgan (GenCL's noise-based views; takes model, condition and noise alone) | maskgit
+                          # (GenCL's mask-based ones: draws most of an image's tokens anew; needs no proportions, takes
+                          # model, precision and mask alone)
+  model: ''               # folder in diffusers' layout or hub id of a Stable unCLIP image-variation model; icgan: a
+                          # published G_ema_best*.pth, or a folder (config.json, model.safetensors)
   fallbacks: []           # further ids, tried in turn
   steps: 20               # denoising steps (appendix A)
   guidance_scale: 10.0    # (appendix A)
   precision: auto         # fp32 | bf16 | fp16 | auto: fp16 on a GPU, on a CPU bf16 if it has AVX512-BF16
                           # and else fp32
   condition: stored       # stored: the embeddings of stage 1 | pipeline: the generator's own image encoder sees the
-                          # images, for one that was trained with another encoder than that of stage 1
+                          # images, for one that was trained with another encoder than that of stage 1 (icgan:
+                          # noise.extractor does, and proportions may stay empty)
   vae_slicing: false      # decode one image after the other: less memory
   compile: false          # torch.compile of the UNet: the first batch takes minutes, the others less
+  noise:                  # of kind icgan
+    extractor: ''         # the ResNet-50 it was trained with: swav_800ep_pretrain.pth.tar; with classes: torchvision's
+    truncation: 0.0       # latents are standard normal, cut off at +- twice this (official demo: 0.7); 0: not cut off
+    label: !int null      # class of all views, of a generator with classes; null: each image's own
   mask:                   # of kind maskgit, whose model is MaskGIT_ImageNet_256.pth, or a folder (config.json,
                           # transformer.safetensors, vqgan/ in diffusers' layout)
     vqgan: ''             # taming's last.ckpt, or a folder in diffusers' layout; empty: vqgan/ in the model's folder
@@ -122,6 +132,9 @@ device: auto              # auto | cpu | cuda
 """
 LEVELS = (0, 100, 200, 300, 400)
 UNREADABLE = 'source image cannot be read'
+# keys of `generator` that the views of a kind do not depend on; the first kind is known by having none in its settings
+UNSEEN = {'unclip': {'kind', 'noise', 'mask'}, 'icgan': {'fallbacks', 'steps', 'guidance_scale', 'precision', 'mask'},
+          'maskgit': {'fallbacks', 'steps', 'guidance_scale', 'condition', 'noise', 'vae_slicing', 'compile'}}
 
 
 def main(config):
@@ -148,17 +161,22 @@ def main(config):
                         weights=[weights_checksum(name) for name in made_of if name])
     elif masked:
         settings.update({k: config[k] for k in ('seed', 'view_size', 'view_format', 'chunk_size', 'views_per_image')},
-                        generator={k: config['generator'][k] for k in ('kind', 'model', 'precision', 'mask')})
+                        generator={k: v for k, v in config['generator'].items() if k not in UNSEEN['maskgit']},
+                        weights=[weights_checksum(name) for name in (
+                            config['generator']['model'], config['generator']['mask']['vqgan']) if name])
     elif config['strategy'] != 'none':
         retrieved = config['strategy'] == 'retrieval'
-        unseen = {'kind', 'mask', 'vae_slicing', 'compile'}
-        unseen |= {'condition'} if config['generator']['condition'] == 'stored' else set()
+        spec = config['generator']
+        unseen = {'vae_slicing', 'compile', *UNSEEN[spec['kind']]} | (
+            {'condition'} if spec['condition'] == 'stored' else set())
         settings.update({k: config[k] for k in ('seed', 'view_size', 'view_format', 'chunk_size')},
-                        generator=None if retrieved else {k: v for k, v in config['generator'].items()
-                                                          if k not in unseen},
+                        generator=None if retrieved else {k: v for k, v in spec.items() if k not in unseen},
                         proportions=checksum, **({'pool': pool_checksum(config['pool'])} if retrieved else {}),
                         noise_level=config['noise_level'] if config['strategy'] == 'constant' else None,
                         **({'views_per_image': config['views_per_image']} if config['views_per_image'] > 1 else {}))
+        if spec['kind'] == 'icgan' and not retrieved:
+            made_of = [spec['model']] + [spec['noise']['extractor']] * (spec['condition'] == 'pipeline')
+            settings['weights'] = list(map(weights_checksum, made_of))
     moved = () if embeddings is None else ('dataset.root',)  # a dataset may move: its embeddings tell which one it is
     settings_agree = partial(same_settings, output / 'settings.json', settings, moved)
     settings_agree()  # before anything is written
@@ -199,7 +217,8 @@ def main(config):
         if todo and config['pack'] is not True:
             generate(config, todo, source, levels, embeddings, record, settings_agree, processes, log, stop)
     if config['verify']:
-        verify(config, mine, source, record, beton, first == 0, log, stop)
+        unseen = source if known is None and not latent else None  # no stage 1 has looked at these images
+        verify(config, mine, unseen, record, beton, first == 0, log, stop)
         if step > 1:  # only this share is known to be good
             return
     missing = [path.name for path, _ in chunks if not path.exists()]
@@ -239,11 +258,10 @@ def main(config):
 ALLOWED = {
     'output': 'folder', 'name': 'dataset', 'root': 'folder', 'split': ['train', 'test', 'val'], 'subset': (1, 10 ** 10),
     'source': ['generator', 'folder'], 'strategy': ['adaptive', 'constant', 'random', 'retrieval', 'latent', 'none'],
-    'generator.kind': ['unclip', 'maskgit'], 'keep_border': (0, 1000), 'share': (0.0, 1.0),
+    'generator.kind': list(UNSEEN), 'label': (0, 10 ** 6), 'keep_border': (0, 1000), 'share': (0.0, 1.0),
     'decoder': ['official', 'port'], 'temperature': (0.0, 1000.0), 'sharpness': (0.001, 1000.0),
-    'guidance': (0.0, 1000.0),
-    'kind': ['biggan', 'stylegan2'], 'anchors': (1, 10 ** 9), 'truncation': (0.0, 100.0), 'psi': (0.0, 1.0),
-    'crop': (1, 8192), 'std': (0.0, 100.0),
+    'guidance': (0.0, 1000.0), 'latent.kind': ['biggan', 'stylegan2'], 'anchors': (1, 10 ** 9),
+    'truncation': (0.0, 100.0), 'psi': (0.0, 1.0), 'crop': (1, 8192), 'std': (0.0, 100.0),
     'noise_level': (0, 999),
     'steps': (1, 1000), 'guidance_scale': (0.0, 1000.0), 'condition': ['stored', 'pipeline'], 'seed': (0, 10 ** 12),
     'views_per_image': (1, 90), 'batch_size': (1, 10 ** 5), 'chunk_size': (1, 10 ** 9), 'view_size': (1, 8192),
@@ -270,8 +288,16 @@ def check(config):
         if config['views_per_image'] > 1 and not config['latent']['chunks']:
             raise Fail('views_per_image: strategy latent without latent.chunks makes no views; set it to 1')
         needs, absent = ['latent.model'], ['name', 'root']
+    if 'generator.model' in needs and (config['generator']['kind'], config['generator']['condition']) == (
+            'icgan', 'pipeline'):
+        needs.append('generator.noise.extractor')
+        if not config['proportions']:
+            needs.remove('proportions')
+            if config['strategy'] != 'constant':
+                raise Fail(f"strategy: {config['strategy']} needs the noise levels of proportions; set strategy to "
+                           "constant (noise_level to 0 for IC-GAN's published files), or proportions")
     check_values(config, {**{k: rule for k, rule in ALLOWED.items() if k not in absent},
-                          **dict.fromkeys(needs, 'file' if latent else 'folder')})
+                          **{need: 'file' if latent or need.endswith('extractor') else 'folder' for need in needs}})
     if elsewhere and (not generated or config['views_per_image'] > 1):
         raise Fail('source: folder packs one view an image; set views_per_image to 1, strategy to another than none')
     if elsewhere and config['strategy'] == 'retrieval':
@@ -292,7 +318,7 @@ def noise_levels(config, source):
     count = len(source)
     if config['strategy'] in ('none', 'latent') or by_mask(config):
         return np.full(count, -1 if config['strategy'] == 'none' else 0), None, None, None
-    if not config['proportions']:  # views made elsewhere
+    if not config['proportions']:  # views made elsewhere, or of images that no stage has seen
         return np.full(count, config['noise_level']), None, None, None
     retrieved = config['strategy'] == 'retrieval'
     stored = retrieved or config['source'] == 'generator' and config['generator']['condition'] == 'stored'
@@ -365,6 +391,7 @@ def same_settings(path, settings, moved, claim=False):
 def generate(config, chunks, source, levels, embeddings, record, settings_agree, processes, log, stop):
     retrieved, latent = (config['strategy'] == name for name in ('retrieval', 'latent'))
     conditions = levels
+    labels = None
     if latent:
         from latents import LatentPairs
         generator = LatentPairs(config['latent'], config['seed'], config['view_size'], processes.device)
@@ -376,12 +403,18 @@ def generate(config, chunks, source, levels, embeddings, record, settings_agree,
     elif by_mask(config):
         from maskgit import MaskGIT
         generator, conditions = MaskGIT(config['generator'], processes.device, len(source.classes)), source.labels
+    elif config['generator']['kind'] == 'icgan':
+        from generators import ICGAN
+        generator = ICGAN(config['generator'], processes.device)
+        labels = classes_of_views(config, generator, source)
+        if not generator.levels and (config['strategy'], config['noise_level']) != ('constant', 0):
+            raise Fail(f'strategy: {generator.name} knows no noise levels; set strategy to constant, noise_level to 0')
     else:
         from generators import UnCLIP
         generator = UnCLIP(config['generator'], processes.device)
     if embeddings is not None and embeddings.shape[1] != generator.embedding_dim:
         raise Fail(f"{config['proportions']}: embeddings have {embeddings.shape[1]} dimensions, {generator.name} wants "
-                   f'{generator.embedding_dim}; run fg_proportion.py with the CLIP that the generator was trained '
+                   f'{generator.embedding_dim}; run fg_proportion.py with the encoder that the generator was trained '
                    'with, or set generator.condition to pipeline')
     log.write(f'generator {generator.name} on {processes.device}, {generator.dtype}')
     several, kind, claimed = per_index(config), config['view_format'], False
@@ -419,7 +452,8 @@ def generate(config, chunks, source, levels, embeddings, record, settings_agree,
                     condition = None if latent else embeddings[batch] if not own else generator.embed(
                         [picture[0] if picture else Image.new('RGB', (64, 64)) for picture in pictures])
                     drawn = full if retrieved or latent else [view_seed(config['seed'], *pair) for pair in full]
-                    images = generator.views(condition, conditions[batch], drawn)
+                    classes = [] if labels is None else [labels[batch]]
+                    images = generator.views(condition, conditions[batch], drawn, *classes)
                 except torch.cuda.OutOfMemoryError:
                     images = None  # what the error holds on to is free only below
                 if images is None:
@@ -455,6 +489,20 @@ def generate(config, chunks, source, levels, embeddings, record, settings_agree,
         collect()
 
 
+def classes_of_views(config, generator, source):
+    """The class (N,) that the view of each image is to have, or None where the generator knows no classes."""
+    label, classes = config['generator']['noise']['label'], generator.classes
+    if label is None and not classes:
+        return None
+    if (label or 0) >= classes:
+        raise Fail(f'generator.noise.label: {label}, but {generator.name} has {classes} classes; set it to '
+                   + (f'0 to {classes - 1}' if classes else 'null'))
+    if label is None and len(source.classes) != classes:
+        raise Fail(f'generator.noise.label: {generator.name} has {classes} classes, the dataset {len(source.classes)}: '
+                   'which is which is not known; set it to the class that all views shall have')
+    return source.labels if label is None else np.full(len(source), label)
+
+
 def view_seed(seed, i, v):
     """Of view v of image i; (seed, i, 1) is taken by the random levels."""
     return draw(seed, i, v + 1) if v else draw(seed, i)
@@ -463,15 +511,16 @@ def view_seed(seed, i, v):
 # ---------------------------------------------------------------------------------------------------
 # Verification
 
-def verify(config, chunks, source, record, beton, beton_too, log, stop):
-    """Read chunks and beton back. What is wrong is counted, what holds it set aside, and the process exits with 1."""
+def verify(config, chunks, unseen, record, beton, beton_too, log, stop):
+    """Read chunks and beton back. What is wrong is counted, what holds it set aside, and the process exits with 1.
+    unseen: images of which it is not known whether they can be read, or None."""
     names = view_names(per_index(config), config['view_format'])
 
     def inspect(chunk):
         path, indices = chunk
         records = {i: record(i) for i in indices}
-        for i in indices if by_mask(config) and not stop else ():  # no stage 1 has looked at them
-            records[i] |= {} if opened(source, i) else {'error': UNREADABLE}
+        for i in indices if unseen and not stop else ():
+            records[i] |= {} if opened(unseen, i) else {'error': UNREADABLE}
         views = {name: i for i in indices if 'error' not in records[i] for name in names(i)}
         return ([], {}, '') if stop else chunk_defects(path, records, views, config['view_size'])
 

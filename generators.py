@@ -4,7 +4,8 @@
     generator.views(embeddings (B, D), noise_levels (B,), seeds [int] * B) -> uint8 (B, H, W, 3) on the CPU
 
 `seeds` decide everything random: the view of an image does not depend on what else is in its batch. Retrieval, which
-generates nothing, takes pairs (index of the image, number of the view) in their place.
+generates nothing, takes pairs (index of the image, number of the view) in their place. A generator with classes is
+given labels (B,) too.
 """
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -15,11 +16,14 @@ import torch
 import torch.nn.functional as F
 import yaml
 from PIL import Image, ImageOps
-from diffusers import StableUnCLIPImg2ImgPipeline
+from diffusers import DDPMScheduler, StableUnCLIPImg2ImgPipeline
 from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.utils import logging as diffusers_logging
+from torchvision.transforms.functional import center_crop, resize, to_tensor
 from transformers.utils import logging as transformers_logging
 
+import gan
+from checkpoints import NORMALIZATIONS, load_backbone
 from common import precision_dtype
 from config import Fail
 from files import damage, load_arrays, unreadable
@@ -157,6 +161,76 @@ class UnCLIP:
             image_embeds=self.condition(embeddings.to(**to), noise_levels.to(self.device), noise.to(**to)),
             latents=latents.to(**to) * self.pipeline.scheduler.init_noise_sigma, num_inference_steps=self.steps,
             guidance_scale=self.guidance_scale, output_type='pt').images.float()
+
+
+class ICGAN:
+    """IC-GAN (Casanova et al. 2021), the generator of GenCL's noise-based views (section 3.1): an image from a latent
+    and the feature of the image whose neighbour it draws.
+
+    spec: `model` (G_ema_best0.pth or G_ema_best1.pth, or the folder of an embedded one: see gan.icgan), and in `noise`
+    `truncation` t (normal latents cut off at +-2 t and left at their scale, as in the official demo with 0.7; 0: not
+    cut off, as in the official evaluation); with `condition: pipeline` also `noise.extractor`, for `embed`: a file of a
+    ResNet-50. The published ones were trained on the features of SwAV's, those with classes on torchvision's
+    supervised one."""
+
+    def __init__(self, spec, device):
+        self.device, self.truncation, self.dtype = device, spec['noise']['truncation'], torch.float32
+        self.network, self.name = gan.icgan(spec['model']).to(device), spec['model']
+        self.levels, self.classes, self.side = self.network.levels, self.network.classes, self.network.resolution
+        self.embedding_dim = self.network.feature - self.levels
+        self.alphas = DDPMScheduler(beta_schedule='squaredcos_cap_v2').alphas_cumprod.to(device)
+        if spec['condition'] == 'pipeline':
+            self._load_extractor(spec['noise']['extractor'])
+
+    def _load_extractor(self, path):
+        self.extractor, known = load_backbone(path)
+        self.extractor.to(self.device).requires_grad_(False)
+        self.mean, self.std = (torch.tensor(v, device=self.device).view(1, 3, 1, 1) for v in NORMALIZATIONS['imagenet'])
+        if known['feature_dim'] != self.embedding_dim:
+            raise Fail(f"generator.noise.extractor: {path}: {known['text']} gives {known['feature_dim']} features, "
+                       f'{self.name} wants {self.embedding_dim}; give the ResNet-50 that it was trained with')
+        swav = 'layout of SwAV' in known['note']
+        if Path(self.name).is_file() and swav == bool(self.classes):
+            wanted = "torchvision's supervised ResNet-50" if swav else 'swav_800ep_pretrain.pth.tar'
+            raise Fail(f"generator.noise.extractor: {path}: is {'' if swav else 'not '}SwAV's ResNet-50, and "
+                       f"{self.name} {'has' if swav else 'has no'} classes: its features are those of {wanted}")
+
+    @torch.no_grad()
+    def embed(self, images):
+        """Features of PIL images as the official make_hdf5.py has them: what the generator's resolution shows of the
+        middle square, at 224 px. (B, D) float32, not normalised, on the CPU."""
+        pixels = torch.stack([to_tensor(resize(center_crop(image, min(image.size)), self.side)) for image in images])
+        pixels = (pixels.to(self.device) - self.mean) / self.std
+        return self.extractor(F.interpolate(pixels, (224, 224), mode='bicubic')).cpu().numpy()
+
+    def condition(self, features, noise_levels, noise):
+        """What conditions the network: (B, D) features, (B,) levels and (B, D) standard normal noise -> (B, D) of
+        length 1; with levels (B, D + 1): standardised, noised as in GenView eq. 5, then sqrt(alpha_bar)."""
+        if not self.levels:
+            return F.normalize(features)
+        alpha = self.alphas[noise_levels][:, None]
+        features = (features - self.network.feature_mean) / self.network.feature_std
+        return torch.cat([alpha.sqrt() * features + (1 - alpha).sqrt() * noise, alpha.sqrt()], 1)
+
+    @torch.no_grad()
+    def views(self, features, noise_levels, seeds, labels=None):
+        """One view for each row. features (B, D), noise_levels (B,) in 0..999 (a model without levels does not look at
+        them), seeds B ints, labels (B,) of a model with classes -> uint8 (B, H, W, 3). What is not finite is black."""
+        draws = [torch.Generator().manual_seed(seed) for seed in seeds]  # on the CPU: the same on every device
+        z = torch.stack([self._latent(g) for g in draws]).to(self.device)
+        noise = torch.stack([torch.randn(self.embedding_dim, generator=g) for g in draws]).to(self.device)
+        features, levels = (torch.as_tensor(np.asarray(rows, kind), device=self.device) for rows, kind in (
+            (features, np.float32), (noise_levels, np.int64)))
+        labels = None if labels is None else torch.as_tensor(labels, device=self.device)
+        images = self.network(z, self.condition(features, levels, noise), labels)
+        images = torch.where(torch.isfinite(images).flatten(1).all(1)[:, None, None, None], images, -1)
+        return ((images * 0.5 + 0.5) * 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+    def _latent(self, draw):
+        size, bound = self.network.chunks * self.network.chunk, 2 * self.truncation
+        if not bound:
+            return torch.randn(size, generator=draw)
+        return torch.nn.init.trunc_normal_(torch.empty(size), a=-bound, b=bound, generator=draw)
 
 
 class Retrieval:

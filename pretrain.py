@@ -98,6 +98,10 @@ view_2:                 # augmentation of the key
   solarize_prob: 0.0
   randaugment: 0
   randaugment_magnitude: [10, 0.5]
+view_generated:         # takes the place of these keys of view_1 and view_2 where that is cut from a synthetic image;
+                        # null: it does not
+  gray_prob: !float null
+  blur_prob: !float null
 small_crops:            # multi-crop, SwAV alone; the other augmentations are those of view_1 and view_2 in turn
   count: 0              # 6 as published
   size: 96              # pixels
@@ -217,7 +221,8 @@ EVER = 10 ** 9
 ALLOWED = {
     'output': 'folder', 'beton': 'file', 'images_per_epoch': (0, 10 ** 10), 'kind': ['biggan', 'stylegan2'],
     'truncation': (0.0, 100.0), 'psi': (0.0, 1.0), 'crop': (1, 8192), 'std': (0.0, 100.0),
-    'method': list(METHODS), 'alpha': (0.0, 1.0),
+    'method': list(METHODS), 'alpha': (0.0, 1.0), 'view_generated.gray_prob': (0.0, 1.0),
+    'view_generated.blur_prob': (0.0, 1.0),
     'swap': ['random', 'first', 'second'], 'seed': (0, 10 ** 12), 'num_workers': (1, 1024), 'image_size': (8, 1024),
     'size': (8, 1024), 'count': (0, 100),
     'arch': [*RESNETS, *VITS], 'stem': ['imagenet', 'cifar'], 'width': (8, 1024), 'patch_size': (1, 1024),
@@ -246,6 +251,8 @@ def check(config, world):
     check_values({k: v for k, v in config.items() if k == block or k not in BLOCKS.values()}, allowed)
     if online['images_per_epoch'] and config['data']['beton']:
         raise Fail('data.online.images_per_epoch: makes the pairs, data.beton holds them; set one of the two')
+    if online['images_per_epoch'] and any(v is not None for v in config['view_generated'].values()):
+        raise Fail('view_generated: pairs made while training are generated altogether; set view_1 and view_2 alone')
     if 0 < online['images_per_epoch'] < config['batch_size']:
         raise Fail(f"data.online.images_per_epoch: {online['images_per_epoch']} is less than batch_size "
                    f"{config['batch_size']}")
@@ -292,7 +299,8 @@ def open_pairs(config, processes):
                            steps_per_epoch=data['online']['images_per_epoch'] // config['batch_size']
                            * config['accumulate'], **share)
     loader = PairLoader(data['beton'], recipes, data['alpha'], data['swap'], num_workers=data['num_workers'],
-                        pin_memory=processes.device.type == 'cuda', **share)
+                        pin_memory=processes.device.type == 'cuda',
+                        generated={k: v for k, v in config['view_generated'].items() if v is not None}, **share)
     if len(loader) < config['accumulate']:
         raise Fail(f"batch_size: {config['batch_size']} is more than the {loader.sidecar['samples']} images of "
                    f"{data['beton']}")

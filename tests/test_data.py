@@ -437,6 +437,27 @@ def test_the_synthetic_view_is_where_the_batch_says_and_small_crops_take_turns(t
         assert (view == want).all()
 
 
+def test_a_synthetic_image_has_a_recipe_of_its_own(tmp_path):
+    """All else is drawn as without: its views are those of a loader with that recipe, the others as they were."""
+    instead, sample = {'blur_prob': 0.0, 'gray_prob': 1.0}, lambda i: (
+        picture(i), picture(100 + i) if i % 4 else None, 0, i, 0 if i % 4 else -1)
+    write_beton(tmp_path / 'b', sample, 40, {}, mode='raw')
+
+    def batch(recipe, **changes):
+        views = [{**recipe, 'solarize_prob': 0.0}, recipe, {**recipe, 'size': 12}, {**recipe, 'size': 12}]
+        return next(PairLoader(tmp_path / 'b', views, batch_size=40, seed=0, num_workers=2, alpha=0.8,
+                               **changes).epoch(0))
+    own, plain, there = batch(FULL, generated=instead), batch(FULL), batch({**FULL, **instead})
+    assert set(own['synthetic'].tolist()) == {-1, 0, 1}
+    for v in range(4):
+        made = (own['synthetic'] == v % 2)[:, None, None, None]
+        assert torch.equal(own['views'][v], torch.where(made, there['views'][v], plain['views'][v]))
+        assert (own['views'][v] != plain['views'][v]).flatten(1).any(1)[own['synthetic'] == v % 2].any()
+    assert all(map(torch.equal, batch(FULL, generated={})['views'], plain['views']))
+    with pytest.raises(Fail, match=r"views\[0\]: unknown key 'blur'"):
+        batch(FULL, generated={'blur': 0})
+
+
 def several(i, k=3):
     """A grey 20 and views of 100, 101, ...: which one is shown can be read from the pixels."""
     flat_ = lambda value: np.full((9, 8, 3), value, np.uint8)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -401,35 +402,40 @@ def test_a_pickle_cannot_forge_arrays(tmp_path, weights):
 # ---------------------------------------------------------------------------------------------------
 # BigGAN
 
-def biggan_layout(ch=96):
-    """The 166 entries of BigBiGAN_x1.pth, {name: shape}; ch 96 as published."""
-    found, widths = {'shared.weight': (1000, 128), 'linear.weight': (256 * ch, 20), 'linear.bias': (256 * ch,)}, \
-        [16 * ch, 16 * ch, 8 * ch, 4 * ch, 2 * ch, ch]
+def biggan_layout(ch=96, parts=(16, 16, 8, 4, 2, 1), chunk=20, condition=128, attention=3, feature=None):
+    """{name: shape}, as it stands the 166 entries of BigBiGAN_x1.pth. parts: widths / ch. condition: beside the chunk.
+    feature: (outputs, inputs) of IC-GAN's layer."""
+    found, widths = {'shared.weight': (1000, 128), 'linear.weight': (256 * ch, chunk), 'linear.bias': (256 * ch,)}, \
+        tuple(part * ch for part in parts)
     normed = {'linear': 256 * ch, 'output_layer.2': 3}
+    if feature:
+        found |= {'shared_feat.weight': feature, 'shared_feat.bias': feature[:1]}
+        normed['shared_feat'] = feature[0]
     for b, (i, o) in enumerate(zip(widths, widths[1:])):
         for conv, shape in (('conv1', (o, i, 3, 3)), ('conv2', (o, o, 3, 3)), ('conv_sc', (o, i, 1, 1))):
             found |= {f'blocks.{b}.0.{conv}.weight': shape, f'blocks.{b}.0.{conv}.bias': (o,)}
             normed[f'blocks.{b}.0.{conv}'] = o
         for norm, c in (('bn1', i), ('bn2', o)):
             for kind in ('gain', 'bias'):
-                found[f'blocks.{b}.0.{norm}.{kind}.weight'] = (c, 148)
+                found[f'blocks.{b}.0.{norm}.{kind}.weight'] = (c, condition + chunk)
                 normed[f'blocks.{b}.0.{norm}.{kind}'] = c
             found |= {f'blocks.{b}.0.{norm}.stored_{kind}': (c,) for kind in ('mean', 'var')}
-    c = 2 * ch
+    c = widths[attention + 1]
     for name, (o, i) in dict(theta=(c // 8, c), phi=(c // 8, c), g=(c // 2, c), o=(c, c // 2)).items():
-        found[f'blocks.3.1.{name}.weight'] = (o, i, 1, 1)
-        normed[f'blocks.3.1.{name}'] = o
-    found |= {'blocks.3.1.gamma': (), 'output_layer.2.weight': (3, ch, 3, 3), 'output_layer.2.bias': (3,)}
-    found |= {f'output_layer.0.{name}': (ch,) for name in ('gain', 'bias', 'stored_mean', 'stored_var')}
+        found[f'blocks.{attention}.1.{name}.weight'] = (o, i, 1, 1)
+        normed[f'blocks.{attention}.1.{name}'] = o
+    found |= {f'blocks.{attention}.1.gamma': (), 'output_layer.2.weight': (3, widths[-1], 3, 3),
+              'output_layer.2.bias': (3,)}
+    found |= {f'output_layer.0.{name}': widths[-1:] for name in ('gain', 'bias', 'stored_mean', 'stored_var')}
     return found | {f'{name}.u0': (1, o) for name, o in normed.items()} | {f'{name}.sv0': (1,) for name in normed}
 
 
-def biggan_state(ch=8):
-    """Weights as the original code got them when the numbers below were taken."""
+def biggan_state(ch=8, **sizes):
+    """Weights as the original codes got them when the numbers below were taken."""
     random, found = np.random.default_rng(0), {}
-    for name, shape in sorted(biggan_layout(ch).items()):
+    for name, shape in sorted(biggan_layout(ch, **sizes).items()):
         value = random.standard_normal(shape).astype(np.float32)
-        if name == 'shared.weight':
+        if name == 'shared.weight' and not sizes:
             value = np.repeat(value[:1], shape[0], 0)
         elif name.endswith('_var'):
             value = np.abs(value) + 1
@@ -510,3 +516,83 @@ def test_folders_of_embedded_gans(tmp_path):
             gan.biggan(folder)
     with pytest.raises(Fail, match='config.json'):
         gan.biggan(tmp_path)
+
+
+ICGAN = {64: dict(parts=(16, 16, 8, 4, 2), chunk=24, attention=2), 128: dict(parts=(16, 16, 8, 4, 2, 1), chunk=20),
+         256: dict(parts=(16, 16, 8, 8, 4, 2, 1), chunk=17)}
+
+
+@pytest.mark.parametrize('side, labelled, ch, entries, millions', [
+    (64, False, 64, 142, 36.656), (128, False, 96, 170, 77.160), (256, False, 96, 198, 90.014),
+    (256, False, 64, 198, 42.861), (256, True, 96, 198, 92.300), (128, True, 96, 170, 79.052)])
+def test_icgans_have_the_published_layouts(side, labelled, ch, entries, millions):
+    """As the original code makes them from its config files, counted there. Nothing but the shapes tells which it is;
+    the embedding of classes, which no block of an unconditional one sees, goes."""
+    layout = biggan_layout(ch, **ICGAN[side], condition=512 + 128 * labelled, feature=(512, 2048))
+    kept = {name: shape for name, shape in layout.items() if not name.endswith(('u0', 'sv0'))}
+    parameters = sum(int(np.prod(shape)) for name, shape in kept.items() if not re.search('stored_(mean|var)$', name))
+    assert len(layout) == entries and round(parameters / 1e6, 3) == millions
+    with torch.device('meta'):
+        network = gan.BigGAN(**gan._icgan_sizes({name: torch.empty(shape) for name, shape in layout.items()}))
+    ours = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    assert ours == {name: shape for name, shape in kept.items() if labelled or name != 'shared.weight'}
+    assert (network.resolution, network.chunks, network.chunk) == (
+        side, len(ICGAN[side]['parts']), ICGAN[side]['chunk'])
+    assert (network.feature, network.classes, network.levels) == (2048, 1000 * labelled, False)
+
+
+@pytest.mark.parametrize('side, labelled, mean, std, pixels', [
+    (64, False, .227564, .392497, (.309971, -.088595, .222202, .030102, .896768)),
+    (128, False, -.105336, .198529, (.400096, -.108228, -.075512, .021870, -.199953)),
+    (256, False, -.024907, .239125, (.398333, -.622488, .048870, -.195442, .272555)),
+    (128, True, -.581397, .299681, (-.418218, -.352371, -.475011, -.343741, -.631638)),
+    (256, True, -.266308, .444603, (-.188035, -.503401, -.651677, -.582695, -.059425))])
+def test_icgan_gives_the_images_of_the_original_code(tmp_path, side, labelled, mean, std, pixels):
+    """facebookresearch/ic_gan at 8eff2f7 in eval mode, this state, latent, feature and class; ours differed from it by
+    0.0 everywhere."""
+    sizes = ICGAN[side]
+    torch.save(biggan_state(4, **sizes, condition=32 + 128 * labelled, feature=(32, 2048)), tmp_path / 'g.pth')
+    network, random = gan.icgan(tmp_path / 'g.pth'), np.random.default_rng(1)
+    z, feature = (torch.from_numpy(random.standard_normal((3, n)).astype(np.float32))
+                  for n in (sizes['chunk'] * len(sizes['parts']), 2048))
+    image = network(z, F.normalize(feature), torch.tensor([3, 700, 999]) if labelled else None)
+    places = ((0, 0, 0, 0), (0, 1, side // 2, side // 2), (1, 2, side - 1, 3), (2, 0, 31, side - 28),
+              (2, 2, side - 38, 17))
+    assert [image[place].item() for place in places] == pytest.approx(pixels, abs=1e-5)
+    assert (image.mean().item(), image.std().item()) == pytest.approx((mean, std), abs=1e-5)
+    assert image.shape == (3, 3, side, side) and not any(p.requires_grad for p in network.parameters())
+
+
+def test_files_that_are_no_icgan(tmp_path):
+    path, names = tmp_path / 'g.pth', 'give G_ema_best0.pth or G_ema_best1.pth'
+    state = biggan_state(4, **ICGAN[64], condition=32, feature=(32, 24))
+    for content, message in (
+            (biggan_state(), f'g.pth: is not the state dict of an IC-GAN generator .*; of .* {names}'),
+            ({'config': {'G_activation': torch.nn.ReLU()}}, f'holds objects of .*ReLU.*; of .* {names}'),
+            ({k: v for k, v in state.items() if k != 'blocks.1.0.conv2.bias'}, 'does not fit its network.*conv2'),
+            ({k: v for k, v in state.items() if k != 'blocks.0.0.bn1.gain.weight'}, 'does not fit .*bn1.gain'),
+            ({**state, 'shared_feat.u0': 3}, 'g.pth: does not fit its network'),
+            ({**state, 'shared_feat.bias': torch.zeros(7)}, 'g.pth: does not fit its network.*shared_feat.bias')):
+        torch.save(content, path)
+        with pytest.raises(Fail, match=message) as error:
+            gan.icgan(path)
+        assert '\n' not in str(error.value)
+    torch.save(state, path)
+    for word in damages(path):
+        with pytest.raises(Fail, match=f'g.pth: .*{word}') as error:
+            gan.icgan(path)
+        assert names not in str(error.value)
+    with pytest.raises(Fail, match='gan: its config.json names no feature'):
+        gan.icgan(small_gan(tmp_path / 'gan'))
+
+
+def test_folders_of_embedded_icgans(tmp_path):
+    """With and without a level among the inputs, and with classes."""
+    for name, changes in dict(plain={}, levels={'levels': True}, classes={'classes': [5, 3]}).items():
+        network = gan.icgan(small_gan(tmp_path / name, feature=7, **changes))
+        labels = torch.arange(2) if changes.get('classes') else None
+        assert network(torch.randn(2, 48), torch.randn(2, 7), labels).shape == (2, 3, 32, 32)
+        assert network.levels == (name == 'levels') and network.classes == 5 * (name == 'classes')
+    assert gan.icgan(tmp_path / 'levels').feature_mean.shape == (6,)
+    with pytest.raises(Fail, match='levels: is conditioned on features of images'):
+        gan.biggan(tmp_path / 'levels')

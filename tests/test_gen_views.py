@@ -250,6 +250,9 @@ def test_bad_settings(settings, tmp_path, monkeypatch, changes, message):
 
 def test_other_settings_do_not_mix(settings, tmp_path):
     folder = generate(settings, tmp_path)
+    known = json.loads((folder / 'settings.json').read_text())  # as before there were other kinds: such runs go on
+    assert known['generator'].keys() == {'model', 'fallbacks', 'steps', 'guidance_scale', 'precision'}
+    assert 'weights' not in known
     for changes, key in (({'seed': 3}, 'seed'), ({'strategy': 'random'}, 'strategy'),
                          ({'generator': {**settings['generator'], 'steps': 3}}, 'generator.steps'),
                          ({'views_per_image': 2}, 'views_per_image')):

@@ -294,7 +294,7 @@ SENSELESS = {  # key=value; ...
         knn.temperature=1e-5; optimizer.exclude_1d=3; save_every_steps=a; quality.clip.image_size=text; seed=-1;
         data.swap=a; view_1.randaugment=0.5; view_2.randaugment_magnitude=[10]; simclr.negative_mixing=-1;
         nnclr.queue=0; supcon.temperature=0; optimizer.final_lr=-1; data.online.images_per_epoch=-1;
-        data.online.chunks.1.std=-1; view_1.resize=text;
+        data.online.chunks.1.std=-1; view_1.resize=text; view_generated.blur_prob=2; view_generated.gray_prob=-0.1;
         backbone.width=1000000; vicreg.variance=-1; data.alpha=1.1""",
     'linear_eval': """linear.momentum=1; linear.lr=1e9; linear.more_lrs=[[1]]; linear.more_lrs=[1e9];
         linear.milestones=[a]; linear.weight_decay=1; knn.temperature=1e-5; image_size=-1; image_size=0; resize=a;
@@ -314,7 +314,8 @@ SENSELESS = {  # key=value; ...
         views_per_image=1000000; grid=0; image_size=text; output=; beton_quality=0; noise_level=1000;
         generator.steps=1000000; proportions=; latent.truncation=-1; latent.psi=2; latent.anchors=0;
         latent.kind=gan; latent.chunks=3; latent.chunks.1-5=3; latent.chunks.1-5.std=-1; latent.chunks.1-5.stdd=1;
-        generator.kind=gan; generator.mask=3; generator.mask.keep_border=-1; generator.mask.share=1.1;
+        generator.kind=gan; generator.noise.truncation=-1; generator.noise.label=-1;
+        generator.mask=3; generator.mask.keep_border=-1; generator.mask.share=1.1;
         generator.mask.block=text; generator.mask.decoder=jax; generator.mask.steps=0; generator.mask.temperature=-1;
         generator.mask.sharpness=0; generator.mask.labels=3; generator.mask.guidance=-1""",
     'train_walker': """chunks=; lr=0; samples=-1; batch_size=1; stop_loss=-1; estimator.temperature=0; first=both;

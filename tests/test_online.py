@@ -198,4 +198,7 @@ def test_what_there_is_not_online(folder, tmp_path):
     settings['view_2']['randaugment'] = 2
     with pytest.raises(Fail, match='randaugment: is not there for pairs made while training'):
         pretrain.main(settings)
+    settings['view_generated']['blur_prob'] = 0.0
+    with pytest.raises(Fail, match='view_generated: pairs made while training are generated altogether; set view_1'):
+        pretrain.main(settings)
     assert not (tmp_path / 'run').exists()

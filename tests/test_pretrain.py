@@ -1,6 +1,7 @@
 """pretrain.py: every method's run, torchrun, resuming, quality weights, the monitor, and what users get wrong."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,10 +16,11 @@ from safetensors.torch import save_file
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import augment  # noqa: E402
 import models  # noqa: E402
 import pretrain  # noqa: E402
 from checkpoints import load_backbone  # noqa: E402
-from common import StopSignal  # noqa: E402
+from common import Processes, StopSignal  # noqa: E402
 from config import Fail, load_config  # noqa: E402
 from files import load_checkpoint  # noqa: E402
 from conftest import held  # noqa: E402
@@ -380,6 +382,24 @@ def test_changed_config_is_refused_and_finished_run_says_so(workplace, uninterru
     assert (uninterrupted / 'config.yaml').read_text() == before
     pretrain.main(config_of(workplace, *LONG, f'output={uninterrupted}', 'log_every=7'))  # bookkeeping may change
     assert 'finished' in capsys.readouterr().out
+
+
+def test_a_run_of_before_there_was_view_generated_goes_on(workplace, uninterrupted, tmp_path, capsys):
+    shutil.copytree(uninterrupted, tmp_path / 'run')
+    saved = torch.load(tmp_path / 'run/checkpoint.pt', weights_only=True)
+    del saved['config']['view_generated']
+    torch.save(saved, tmp_path / 'run/checkpoint.pt')
+    changes = *LONG, f'output={tmp_path}/run'
+    pretrain.main(config_of(workplace, *changes))
+    assert 'finished' in capsys.readouterr().out
+    with pytest.raises(Fail, match=r'another config: view_generated.blur_prob \(was None, now 0.0\)\. Go back'):
+        pretrain.main(config_of(workplace, *changes, 'view_generated.blur_prob=0'))
+
+
+def test_view_generated_reaches_the_loader(workplace):
+    recipes = pretrain.open_pairs(config_of(workplace, 'view_generated.blur_prob=0'), Processes('cpu')).recipes
+    assert (recipes[0, :, augment.BLUR] == 0.5).all() and (recipes[1, :, augment.BLUR] == 0).all()
+    assert (np.delete(recipes[0], augment.BLUR, 1) == np.delete(recipes[1], augment.BLUR, 1)).all()
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -94,6 +94,21 @@ def table_7_file(column):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# GenCL's tables: linear top-1, top-5
+
+GENCL_1 = {  # name: (row, numbers, keys of view_1 and view_2 that are VICReg's: the others do nothing); gamma 100%
+    'none': ('Generative', '54.4 78.4', set()), 'crop': ('Crop + Generative', '62.8 84.0', {'crop_scale'}),
+    'flip': ('Flip + Generative', '57.4 80.5', {'flip'}),
+    'solarization': ('Solarization + Generative', '55.8 79.7', {'solarize_prob'}),
+    'jitter': ('Color Jitter + Generative', '55.7 79.3', {'jitter', 'jitter_prob'}),
+    'blur': ('Gaussian Blur + Generative', '54.2 78.3', {'blur_prob'}),
+    'greyscale': ('Greyscale + Generative', '52.7 77.3', {'gray_prob'})}
+GENCL_GAMMA = {  # name: (table, {gamma in percent: numbers})
+    'icgan': ('Table 2', {25: '66.3 87.0', 50: '65.9 86.7', 75: '65.3 86.1', 100: '64.0 85.0'}),
+    'maskgit': ('Table 3', {25: '67.9 87.9', 50: '68.5 88.3', 75: '68.5 88.4', 100: '67.5 87.5'})}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # COP-Gen's and hierarchical-latent's tables. A move: {chunks: (standard deviation, truncation) or walker's experiment}
 
 COPGEN_1 = {  # name: (move of the pairs, IN-1K linear top-1, top-5); 1.3M anchors, 100 epochs
@@ -156,6 +171,10 @@ ROWS = [  # paper, table, file, numbers of its first line: every pretraining row
     *(('GenView', 'Table 8', f'in1k_mocov3_alpha{round(100 * alpha):03}', [f'alpha {alpha}', *numbers.split()])
       for alpha, numbers in TABLE_8.items()),
     ('GenCL', 'Tables 2 and 3', 'in1k_vicreg_gencl', ['65.8', '86.6']),
+    *(('GenCL', 'Table 1', f'in1k_vicreg_gencl_pairwise_{name}', [f'"{row}"', *numbers.split()])
+      for name, (row, numbers, _) in GENCL_1.items()),
+    *(('GenCL', table, f'in1k_vicreg_gencl_{name}{gamma:03}', [f'gamma {gamma}%', *numbers.split()])
+      for name, (table, rows) in GENCL_GAMMA.items() for gamma, numbers in rows.items()),
     ('COP-Gen', 'Table 1', 'in1k_simclr_copgen', ['49.44', '75.58']),
     ('COP-Gen', 'Table 1', 'in1k_simclr_negft_copgen', ['"Neg FT"', '50.82', '75.09']),
     ('COP-Gen', 'Table 1', 'in1k_simclr_infomin_copgen', ['"InfoMin aug"', '50.93', '75.87']),
@@ -271,7 +290,7 @@ OFFICIAL = {
     'in1k_byol_': (10, 0, *BYOL_VIEWS, {
         'byol.hidden': 4096, 'byol.momentum': 0.99, 'byol.momentum_end': 1, 'backbone.zero_init_residual': False}),
     'in1k_mocov3_(?!vit)': R50, 'in100_mocov3_': R50, 'in1k_mocov3_vit': VIT,
-    'in1k_vicreg_gencl': (10, 6.25e-4, *BYOL_VIEWS, {
+    'in1k_vicreg_gencl(?!_pairwise)': (10, 6.25e-4, *BYOL_VIEWS, {
         'method': 'vicreg', 'batch_size': 800, 'epochs': 100, 'optimizer.name': 'lars', 'optimizer.lr': 0.625,
         'optimizer.weight_decay': 1e-6, 'vicreg.dim': 8192, 'vicreg.hidden': 8192, 'vicreg.invariance': 25,
         'vicreg.variance': 25, 'vicreg.covariance': 1}),
@@ -459,6 +478,29 @@ def test_baseline_differs_in_nothing_but_alpha_and_quality(name):
     assert flat(genview)['quality.enabled'] and not flat(baseline)['quality.enabled']
 
 
+def test_rows_of_gencl_differ_in_what_the_tables_say():
+    """Section 4.1: no augmentation but the named one; 4.2: a generated view has neither blur nor grey."""
+    base, data = 'in1k_vicreg_gencl', {'output', 'data.beton', 'data.alpha'}
+    off = {'crop_scale': [0, 0], 'flip': 0, 'jitter_prob': 0, 'gray_prob': 0, 'blur_prob': 0, 'solarize_prob': 0}
+    for name, (_, _, kept) in GENCL_1.items():
+        name = f'{base}_pairwise_{name}'
+        assert {key for key in different(name, base) if not key.startswith('view_')} == data
+        for view in ('view_1', 'view_2'):
+            ours, published = config('pretrain', name)[view], config('pretrain', base)[view]
+            assert {key: ours[key] for key in off} == {key: published[key] if key in kept else value
+                                                       for key, value in off.items()}
+            assert 'jitter' not in kept or ours['jitter'] == published['jitter']
+        assert (flat(name)['data.alpha'], set(config('pretrain', name)['view_generated'].values())) == (1, {None})
+        assert flat(name)['data.beton'] == 'runs/in1k/views_icgan/pairs.beton'
+    for kind, (_, rows) in GENCL_GAMMA.items():
+        for gamma in rows:
+            name = f'{base}_{kind}{gamma:03}'
+            assert different(name, base) == {*data, 'view_generated.gray_prob', 'view_generated.blur_prob'}
+            assert flat(name)['data.alpha'] == gamma / 100 and flat(name)['data.swap'] == 'random'
+            assert set(config('pretrain', name)['view_generated'].values()) == {0}
+            assert flat(name)['data.beton'] == f'runs/in1k/views_{kind}/pairs.beton'
+
+
 def test_rows_of_cop_gens_table_1_differ_in_what_they_are_named_after():
     base, blocks = 'in1k_simclr_copgen', ('simclr.', 'nnclr.')
     views = {f'{view}.{key}' for view in ('view_1', 'view_2') for key in ('jitter', 'blur_prob', 'randaugment')}
@@ -585,8 +627,7 @@ def test_inputs_are_outputs_of_other_experiments():
     assert len({output for outputs in made.values() for output in outputs}) == sum(map(len, made.values()))
     for stage, name in FILES:
         settings = config(stage, name)
-        if stage == 'gen_views' and settings['strategy'] not in ('none', 'latent') \
-                and settings['generator']['kind'] != 'maskgit':
+        if stage == 'gen_views' and settings['strategy'] not in ('none', 'latent') and settings['proportions']:
             source = made['fg_proportion'][settings['proportions']]
             assert source['proportions'], name
             keys = ('name', 'root', 'split', 'subset')      # of the same images
