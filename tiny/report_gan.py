@@ -98,7 +98,7 @@ def report_icgan(args):
     from generators import ICGAN
     device = torch.device('cpu')
     clip = FrozenClip({'model': str(HERE / 'clip')}, device)
-    generator = ICGAN(dict(model=str(HERE / 'icgan'), noise=dict(truncation=0.0)), device)
+    generator = ICGAN(dict(model=str(HERE / 'icgan'), condition='stored', noise=dict(truncation=0.0)), device)
 
     def encode(images):
         parts = (clip.forward((part - MEAN) / STD)[1] for part in images.split(250))

@@ -43,8 +43,9 @@ class Discriminator(nn.Module):
         for k, count in enumerate(channels):
             self.register_buffer(f'mix{k}', torch.randn(width, count, 1, 1, generator=random) / count ** 0.5)
             self.bodies.append(nn.Sequential(
-                normed(nn.Conv2d(width, width, 3, padding=1)), nn.LeakyReLU(0.2),
-                normed(nn.Conv2d(width, width, 3, padding=1, stride=2 if k < 2 else 1)), nn.LeakyReLU(0.2)))
+                normed(nn.Conv2d(width, width, 3, padding=1, bias=False)), nn.BatchNorm2d(width), nn.LeakyReLU(0.2),
+                normed(nn.Conv2d(width, width, 3, padding=1, stride=2 if k < 2 else 1, bias=False)),
+                nn.BatchNorm2d(width), nn.LeakyReLU(0.2)))
             self.scores.append(normed(nn.Conv2d(width, 1, 1)))
             self.conditions.append(normed(nn.Linear(condition, width)) if condition else nn.Identity())
 
@@ -102,8 +103,9 @@ def train(args, device):
         embeddings = (embeddings - moments['feature_mean']) / moments['feature_std']
     teacher = teacher_model(args, device)
     torch.manual_seed(args.seed)
-    network = {k: v for k, v in config.items() if k != 'levels'}
-    generator = BigGAN(**network).to(device, memory_format=torch.channels_last).train()
+    generator = BigGAN(**config).train()
+    generator.load_state_dict(moments, strict=False)
+    generator.to(device, memory_format=torch.channels_last)
     for name, parameter in generator.named_parameters():
         if name.endswith(('gain.weight', 'bias.weight')):  # the norms' conditions: nearly none at first
             nn.init.normal_(parameter, std=0.02)
@@ -165,7 +167,9 @@ def train(args, device):
         decay = min(0.998, (1 + step) / (10 + step))
         for key, value in generator.state_dict().items():
             average[key].lerp_(value, 1 - decay)
-        for name, value in (('discriminator', loss), ('adversarial', adversarial), ('cosine', cosine)):
+        variety = (pooled.std(0).mean() / real_pooled.std(0).mean()).detach()  # 0: collapsed
+        for name, value in (('discriminator', loss), ('adversarial', adversarial), ('cosine', cosine),
+                            ('variety', variety)):
             seen[name] = 0.98 * seen.get(name, value.item()) + 0.02 * value.item()
         if step % 50 == 0 or step == steps:
             spent = seconds + time.time() - start
@@ -177,7 +181,7 @@ def train(args, device):
                             seconds=seconds + time.time() - start))
             (HERE / args.kind).mkdir(exist_ok=True)
             (HERE / args.kind / 'config.json').write_text(json.dumps(config) + '\n')
-            save_file({k: v.half().cpu().contiguous() for k, v in {**average, **moments}.items()},
+            save_file({k: v.half().cpu().contiguous() for k, v in average.items()},
                       HERE / args.kind / 'model.safetensors')
 
 
