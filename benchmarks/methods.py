@@ -25,6 +25,8 @@ METHODS = {  # heads in proportion to the narrow backbone's 256 features
              'optimizer.lr=0.1'],
     'simclr': ['simclr.temperature=0.2'],
     'vicreg': ['vicreg.dim=1024', 'vicreg.hidden=1024', 'optimizer.lr=0.05'],
+    'supcon': ['supcon.temperature=0.2'],
+    'nnclr': ['nnclr.dim=128', 'nnclr.hidden=1024', 'nnclr.queue=2048', 'nnclr.temperature=0.2'],
 }
 BATCH = ['batch_size=256', 'optimizer.lr=0.25', 'optimizer.warmup_epochs=2', 'moco.bn_splits=8', 'log_every=18']
 VIEWS = {'baseline': ['data.alpha=0', 'quality.enabled=false'], 'genview': []}
