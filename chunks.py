@@ -10,11 +10,13 @@ import os
 import tarfile
 import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from config import Fail
 from files import unreadable
@@ -92,6 +94,35 @@ def chunk_defects(path, records, views, side):
         except Exception:                                # PIL raises a dozen types for a damaged file
             wrong.append(('unreadable views', name))
     return wrong, {name: sha256(files[name]).digest() for name in views if name in files}, '; '.join(sorted(makers))
+
+
+def defects_of(chunks, records, names, side, workers, distinct, stop):
+    """What is wrong in chunks, a list of (path, indices): defects [(kind, what)], the paths of the chunks that hold
+    them, the number of views. records(indices): {i: what stands beside its views}; names(i): their names; side: pixels;
+    distinct: whether equal views are wrong; stop: true once it is time to leave."""
+    def inspect(chunk):
+        path, indices = chunk
+        beside = records(indices)
+        views = {name: i for i in indices if 'error' not in beside[i] for name in names(i)}
+        return ([], {}, '') if stop else chunk_defects(path, beside, views, side)
+
+    defects, seen, spoilt, makers = [], {}, set(), {}
+    with ThreadPoolExecutor(workers) as pool:
+        found = tqdm(pool.map(inspect, chunks), total=len(chunks), unit='chunk', disable=None)
+        for (path, _), (wrong, views, maker) in zip(chunks, found):
+            makers |= {path: maker} if maker else {}
+            for name, checksum in views.items():
+                other, where = seen.setdefault(checksum, (name, path))
+                if other != name and distinct:
+                    wrong.append(('duplicate views', f'{other} and {name}'))
+                    spoilt.add(where)  # which of the two is wrong nobody knows
+            defects += wrong
+            spoilt |= {path} if wrong else set()
+    usual = Counter(makers.values()).most_common(1)
+    for path in (path for path, maker in makers.items() if maker != usual[0][0]):
+        defects.append(('other generator or precision', f'{path.name}: {makers[path]}, most: {usual[0][0]}'))
+        spoilt.add(path)
+    return defects, spoilt, len(seen)
 
 
 class StoredViews:

@@ -42,7 +42,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from chunks import ForeignViews, StoredViews, bad, chunk_defects, encode_view, view_names, write_chunk
+from chunks import ForeignViews, StoredViews, bad, defects_of, encode_view, view_names, write_chunk
 from common import Log, Processes, StopSignal, run, say, shard
 from config import Fail, changed_keys, check_values, few, run_folder
 from files import atomic, load_arrays, load_json, save_json, weights_checksum
@@ -514,34 +514,18 @@ def view_seed(seed, i, v):
 def verify(config, chunks, unseen, record, beton, beton_too, log, stop):
     """Read chunks and beton back. What is wrong is counted, what holds it set aside, and the process exits with 1.
     unseen: images of which it is not known whether they can be read, or None."""
-    names = view_names(per_index(config), config['view_format'])
-
-    def inspect(chunk):
-        path, indices = chunk
-        records = {i: record(i) for i in indices}
+    def records(indices):
+        found = {i: record(i) for i in indices}
         for i in indices if unseen and not stop else ():
-            records[i] |= {} if opened(unseen, i) else {'error': UNREADABLE}
-        views = {name: i for i in indices if 'error' not in records[i] for name in names(i)}
-        return ([], {}, '') if stop else chunk_defects(path, records, views, config['view_size'])
+            if 'error' not in found[i] and not opened(unseen, i):
+                found[i]['error'] = UNREADABLE
+        return found
 
-    defects, seen, spoilt, makers = [], {}, set(), {}
-    with ThreadPoolExecutor(config['num_workers']) as pool:
-        found = tqdm(pool.map(inspect, chunks), total=len(chunks), unit='chunk', disable=None)
-        for (path, _), (wrong, views, maker) in zip(chunks, found):
-            makers |= {path: maker} if maker else {}
-            for name, checksum in views.items():
-                other, where = seen.setdefault(checksum, (name, path))
-                if other != name and config['strategy'] != 'retrieval':  # two images may have the same nearest one
-                    wrong.append(('duplicate views', f'{other} and {name}'))
-                    spoilt.add(where)  # which of the two is wrong nobody knows
-            defects += wrong
-            spoilt |= {path} if wrong else set()
+    names, distinct = view_names(per_index(config), config['view_format']), config['strategy'] != 'retrieval'
+    defects, spoilt, count = defects_of(chunks, records, names, config['view_size'], config['num_workers'], distinct,
+                                        stop)
     if stop:
         return
-    usual = Counter(makers.values()).most_common(1)
-    for path in (path for path, maker in makers.items() if maker != usual[0][0]):
-        defects.append(('other generator or precision', f'{path.name}: {makers[path]}, most: {usual[0][0]}'))
-        spoilt.add(path)
     if beton.exists() and beton_too:
         Path(f'{beton}.verified').unlink(missing_ok=True)  # every byte, whatever was checked before
         try:
@@ -551,7 +535,7 @@ def verify(config, chunks, unseen, record, beton, beton_too, log, stop):
     kinds = Counter(kind for kind, _ in defects)
     examples = [f'; {kind}: {n} ({", ".join([what for k, what in defects if k == kind][:3])}{", ..." * (n > 3)})'
                 for kind, n in kinds.items()]
-    say(f'verify: {len(seen)} views in {len(chunks)} chunks' + f' and {beton.name}' * (beton.exists() and beton_too)
+    say(f'verify: {count} views in {len(chunks)} chunks' + f' and {beton.name}' * (beton.exists() and beton_too)
         + (''.join(examples) or '; all is well'))
     log.write(verified=len(chunks), defects=kinds)
     if not defects:
