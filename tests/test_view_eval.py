@@ -17,6 +17,7 @@ import view_eval  # noqa: E402
 from common import Processes  # noqa: E402
 from config import Fail, load_config  # noqa: E402
 from data import write_beton  # noqa: E402
+from distances import Frechet, ssim  # noqa: E402
 from frozen_clip import FrozenClip  # noqa: E402
 from loss import pair_quality  # noqa: E402
 from models import normalize  # noqa: E402
@@ -67,6 +68,8 @@ def test_identical_views_have_cosine_one(workplace, tmp_path):
     assert {key: part['n'] for key, part in found['cosine'].items()} == {'all': 16, '0': 5, '100': 6, '300': 5}
     assert (found['pairs'], found['without_view'], found['strategy']) == (16, 1, 'adaptive')
     assert found['quality']['all']['mean'] == pytest.approx(0, abs=1e-4)  # foreground and background are the same
+    assert {part['mean'] for part in found['ssim'].values()} == {1} and list(found['ssim']) == list(found['cosine'])
+    assert found['frechet_clip'] == pytest.approx(0, abs=1e-5) and 'fid' not in found
     assert found['unrelated']['mean'] < 0.95 and found['retrieval']['mean'] < 0.99
     for name in ('pairs.png', 'cosine.png'):
         with Image.open(tmp_path / name) as picture:
@@ -115,6 +118,34 @@ def test_retrieval(workplace, monkeypatch):
     assert torch.allclose(blocks[0], cosines, atol=1e-6) and torch.equal(blocks[1], numbers)
 
 
+class Colours(torch.nn.Module):
+    """Stands for FID's network: uint8 (B, 3, S, S) -> mean and deviation of each colour (B, 6)."""
+    width = 6
+
+    def forward(self, images):
+        return torch.cat([images.float().flatten(2).mean(2), images.float().flatten(2).std(2)], 1)
+
+
+def test_distances_are_those_of_the_images(workplace, tmp_path, monkeypatch):
+    folder, images, clip = workplace
+    monkeypatch.setattr(view_eval, 'fid_inception', lambda path: {'weights.pth': Colours()}[path])
+    found = evaluate(workplace, 'half', tmp_path, 'fid.weights=weights.pth')
+    every = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+    of, made = (np.array([i for i in range(N) if i != WITHOUT]) for _ in range(2))
+    made = np.where(LEVELS[of] == 0, of, (of + 5) % N)
+    assert found['ssim']['all']['mean'] == pytest.approx(ssim(every[of], every[made]).mean().item(), abs=1e-4)
+    assert found['ssim']['0']['mean'] == 1 and found['ssim']['100']['mean'] < 0.5
+    _, embedding = clip.encode(every, torch.float32)
+    for key, rows in (('fid', Colours()(every)), ('frechet_clip', torch.nn.functional.normalize(embedding))):
+        expected = Frechet(rows.shape[1], torch.device('cpu'))
+        expected.add(rows[of], rows[made])
+        assert found[key] == pytest.approx(float(expected.compute()), rel=1e-3) and found[key] > 0.001
+    assert f"| fid {found['fid']:.3f}" in found['summary']
+    smaller = evaluate(workplace, 'half', tmp_path / 'smaller', 'size=16')
+    assert smaller['ssim']['100']['mean'] != found['ssim']['100']['mean']
+    assert smaller['frechet_clip'] == found['frechet_clip'] and 'fid' not in smaller
+
+
 def test_by_level():
     values, levels = torch.tensor([1.0, 2, 3, 10]), np.array([0, 0, 0, 400])
     found = view_eval.by_level(values, levels)
@@ -147,7 +178,8 @@ def test_two_processes_find_the_same(workplace, tmp_path):
         assert one[key] == two[key]
     for a, b in ((one[k], two[k]) for k in ('retrieval', 'unrelated')):
         assert a == pytest.approx(b, abs=2e-5)
-    for key in ('cosine', 'quality'):
+    assert one['frechet_clip'] == pytest.approx(two['frechet_clip'], rel=1e-3)
+    for key in ('cosine', 'quality', 'ssim'):
         for level in one[key]:
             assert one[key][level] == pytest.approx(two[key][level], abs=2e-5)
 
@@ -157,7 +189,9 @@ def test_two_processes_find_the_same(workplace, tmp_path):
     ('quality.pc=nowhere.npz', 'quality.pc: nowhere.npz: no such file'), ('batch=0', 'batch: 0 must be a whole'),
     ('quality.pc=FOLDER/other.npz', 'was made with other weights'), ('quality.pc=FOLDER/narrow.npy', 'has width 7'),
     ('clip.model=tiny/clop', 'tiny/clop. is no folder'), ('images=1', 'images: 1 must be a whole number from 2'),
-    ('precision=fp8', 'precision'), ('pairs=FOLDER/none.beton', 'holds 0 images with a synthetic view')])
+    ('precision=fp8', 'precision'), ('size=10', 'size: 10 must be a whole number from 11'),
+    ('fid.weights=nowhere.pth', 'nowhere.pth: no such checkpoint'),
+    ('pairs=FOLDER/none.beton', 'holds 0 images with a synthetic view')])
 def test_impossible_settings_leave_nothing_behind(workplace, tmp_path, change, message):
     with pytest.raises(Fail, match=message) as error:
         evaluate(workplace, 'same', tmp_path / 'out', change.replace('FOLDER', str(workplace[0])))
