@@ -19,6 +19,8 @@ from config import load_config  # noqa: E402
 from data import PairLoader, open_beton  # noqa: E402
 from files import save_json  # noqa: E402
 
+from conftest import picture, small_gan  # noqa: E402
+
 
 def load(name):
     spec = importlib.util.spec_from_file_location(name, ROOT / f'benchmarks/{name}.py')
@@ -73,6 +75,24 @@ def test_stage_1_benchmark(tmp_path):
     result = json.loads(output.splitlines()[-1])
     assert result['ratio'] == pytest.approx(result['stage'] / result['bare'], rel=0.05)
     assert 0 <= result['data_wait'] <= 1
+
+
+def test_cost_of_views(tmp_path):
+    for i in range(5):
+        Image.fromarray(picture(i)).save(tmp_path / f'{i}.png')
+    small_gan(tmp_path / 'icgan', feature=193, levels=True)
+    output = subprocess.run([sys.executable, 'benchmarks/views.py', 'name=folder', f'root={tmp_path}', 'images=5',
+                             'batch=3', 'singles=1', 'steps=1', f'icgan={tmp_path}/icgan', 'maskgit=nowhere',
+                             'device=cpu', f'output={tmp_path}/out'], cwd=ROOT, capture_output=True, text=True,
+                            check=True).stdout.splitlines()
+    rows = {row['view']: row for row in json.loads(output[-1])['rows']}
+    assert list(rows) == ['crop', 'jitter', 'blur', 'unclip', 'icgan'] and 'maskgit: nowhere is not there' in output[0]
+    assert output[-8].startswith('| view | SSIM | frechet_clip | ms, batch 1 | ms, batch 3 | parameters |')
+    assert all(row['ms'] > 0 and row['ms_batch'] > 0 and row['frechet_clip'] > 0 for row in rows.values())
+    assert rows['blur']['ssim'] > rows['crop']['ssim'] > rows['icgan']['ssim']
+    assert rows['crop']['parameters'] == 0 < rows['icgan']['parameters'] < rows['unclip']['parameters']
+    with Image.open(tmp_path / 'out/views.png') as drawn:
+        assert min(drawn.size) > 300
 
 
 def test_table_of_the_effect(capsys):
