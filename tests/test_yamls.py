@@ -103,6 +103,7 @@ GENCL_1 = {  # name: (row, numbers, keys of view_1 and view_2 that are VICReg's:
     'jitter': ('Color Jitter + Generative', '55.7 79.3', {'jitter', 'jitter_prob'}),
     'blur': ('Gaussian Blur + Generative', '54.2 78.3', {'blur_prob'}),
     'greyscale': ('Greyscale + Generative', '52.7 77.3', {'gray_prob'})}
+GENCL_4 = {'icgan': '21.13 0.21 19.82 116M', 'maskgit': '3.70 0.32 98.93 227M'}  # FID, SSIM, ms, parameters
 GENCL_GAMMA = {  # name: (table, {gamma in percent: numbers})
     'icgan': ('Table 2', {25: '66.3 87.0', 50: '65.9 86.7', 75: '65.3 86.1', 100: '64.0 85.0'}),
     'maskgit': ('Table 3', {25: '67.9 87.9', 50: '68.5 88.3', 75: '68.5 88.4', 100: '67.5 87.5'})}
@@ -615,6 +616,16 @@ def test_transfer_rows_of_copgen_and_hierarchical_latent(stage, name):
     ours = {key: value for key, value in settings.items() if key not in ('checkpoint', 'output')}
     first = next(other for kind, other in TRANSFER if kind == stage and name.startswith(other))
     assert ours == {key: value for key, value in config(stage, first).items() if key not in ('checkpoint', 'output')}
+
+
+@pytest.mark.parametrize('name', GENCL_4)
+def test_measures_of_gencl_table_4(name):
+    settings, first = config('view_eval', f'in1k_gencl_{name}'), path('view_eval', f'in1k_gencl_{name}').read_text()
+    fid, similarity, milliseconds, parameters = GENCL_4[name].split()
+    assert first.splitlines()[0].endswith(
+        f'FID {fid}, SSIM {similarity}, {milliseconds} ms, {parameters} parameters')
+    assert settings['pairs'] == f'runs/in1k/views_{name}/pairs.beton' and settings['fid']['weights']
+    assert settings['size'] == 256 and settings['images'] >= 1_281_167  # "each image in ImageNet's training dataset"
 
 
 def test_inputs_are_outputs_of_other_experiments():
