@@ -11,10 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 from scipy.stats import ttest_ind
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'tiny')]
+from common import precision_dtype  # noqa: E402
 from files import save_json  # noqa: E402
 
 
@@ -51,7 +53,8 @@ def results(path):
 
 def measure(path, run, row, seed, pretraining, probing):
     """Pretrains and probes a row of a table with a seed, if that has not been done, and notes it in `path`: a list of
-    {row, seed, knn, linear, seconds, hardware}. pretraining, probing: arguments of pretrain.py and linear_eval.py."""
+    {row, seed, precision, knn, linear, seconds, hardware}. pretraining, probing: arguments of pretrain.py and
+    linear_eval.py."""
     folder = run / f'{row}_{seed}'
     if (ROOT / folder / 'linear_eval/results.json').exists():
         return
@@ -59,19 +62,28 @@ def measure(path, run, row, seed, pretraining, probing):
     seconds = stage('pretrain.py', *pretraining, f'seed={seed}', f'output={folder}')
     stage('linear_eval.py', *probing, f'checkpoint={folder}/backbone.pt', f'output={folder}/linear_eval')
     measured = json.loads((ROOT / folder / 'linear_eval/results.json').read_text())
+    found = yaml.safe_load((ROOT / folder / 'config.yaml').read_text())['precision']
+    precision = str(precision_dtype(found, torch.device('cuda' if torch.cuda.is_available() else 'cpu')))[6:]
+    key, value = dict(row=row, seed=seed, precision=precision), dict(
+        knn=measured['knn']['top1'], linear=measured['linear']['top1'],
+        seconds=round(seconds) if undisturbed else None, hardware=device_name())
     path.parent.mkdir(exist_ok=True)
     with open(ROOT / run / 'lock', 'w') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        save_json(path, [*(r for r in results(path) if (r['row'], r['seed']) != (row, seed)), dict(
-            row=row, seed=seed, knn=measured['knn']['top1'], linear=measured['linear']['top1'],
-            seconds=round(seconds) if undisturbed else None, hardware=device_name())])
+        save_json(path, [*(r for r in results(path) if {k: r[k] for k in key} != key), key | value])
 
 
 def table(done, titles, base):
     """Prints kNN and linear top-1 of every row of titles {row: title} that `done`, what measure() noted, has: mean +-
     standard deviation over the seeds, and the differences to row `base` with their 95 % intervals (Student's t, pooled
     variance, rows taken as independent, not corrected for how many there are). Seeds vary the pretraining; images and
-    views are the same for all."""
+    views are the same for all. One table for each precision."""
+    for precision in sorted({r['precision'] for r in done}):
+        print(f'\npretrained in {precision}')
+        _table([r for r in done if r['precision'] == precision], titles, base)
+
+
+def _table(done, titles, base):
     print('\n| row | n | kNN top-1 | difference (95 %) | linear top-1 | difference (95 %) | minutes a run |\n'
           '|---|---|---|---|---|---|---|')
     for row, title in titles.items():

@@ -99,9 +99,11 @@ def test_table_of_the_effect(capsys):
     """Mean, deviation, difference to two crops and its 95 % interval: 2.776 standard errors of two groups of 3."""
     values = {'two_crops': [40., 41., 42.], 'adaptive': [43., 44., 48.], 'random': [50.]}
     titles = {row: title for row, (_, _, title) in effect.ROWS.items()}
-    effect.bench.table([dict(row=row, seed=seed, knn=v, linear=2 * v, seconds=60)
+    effect.bench.table([dict(row=row, seed=seed, precision='float32', knn=v, linear=2 * v, seconds=60)
                         for row, column in values.items() for seed, v in enumerate(column)], titles, 'two_crops')
-    lines = [line.split(' | ') for line in capsys.readouterr().out.splitlines() if line.startswith('| ')][1:]
+    out = capsys.readouterr().out
+    assert 'pretrained in float32' in out
+    lines = [line.split(' | ') for line in out.splitlines() if line.startswith('| ')][1:]
     assert [line[0][2:] for line in lines] == [titles[row] for row in ('two_crops', 'random', 'adaptive')]
     assert lines[0][1:] == ['3', '41.00 ± 1.00', '', '82.00 ± 2.00', '', '1.0 |']
     assert lines[1][1:] == ['1', '50.00', '+9.00', '100.00', '+18.00', '1.0 |']
@@ -180,6 +182,8 @@ def test_stages_of_a_benchmark_fit_together(module, rows, tmp_path, monkeypatch)
         if name == 'linear_eval':
             assert {str(Path(settings[key]).parent) for key in ('checkpoint', 'train_beton', 'test_beton')} <= made
             save_json(folder / 'results.json', dict(knn=dict(top1=len(ran)), linear=dict(top1=2.0 * len(ran))))
+        if name == 'pretrain':
+            (folder / 'config.yaml').write_text(f"precision: {settings['precision']}")
         made.add(settings['output'])
         ran.append(name)
         return 1.0
