@@ -17,6 +17,7 @@ import report  # noqa: E402
 import train  # noqa: E402
 from frozen_clip import FrozenClip  # noqa: E402
 from generators import UnCLIP  # noqa: E402
+from latents import LatentGenerator  # noqa: E402
 from loss import pair_quality  # noqa: E402
 
 SPEC = {'model': str(ROOT / 'tiny/unclip'), 'fallbacks': [], 'steps': 20, 'guidance_scale': 3.0, 'precision': 'fp32'}
@@ -24,7 +25,10 @@ SPEC = {'model': str(ROOT / 'tiny/unclip'), 'fallbacks': [], 'steps': 20, 'guida
 
 def test_size_and_formats():
     weights = [p for p in (ROOT / 'tiny').rglob('*') if p.suffix in ('.safetensors', '.bin', '.pt', '.pth', '.npy')]
-    assert sum(p.stat().st_size for p in weights) <= 25e6
+    sizes = {name: sum(p.stat().st_size for p in weights if p.relative_to(ROOT / 'tiny').parts[0] in name.split())
+             for name in ('clip quality unclip', 'gan', 'icgan maskgit')}
+    assert sum(sizes.values()) == sum(p.stat().st_size for p in weights)
+    assert sizes['clip quality unclip'] <= 25e6 and sizes['gan'] <= 8e6 and sizes['icgan maskgit'] <= 12e6
     assert {p.suffix for p in weights} == {'.safetensors'}
     clip = FrozenClip({'model': str(ROOT / 'tiny/clip')})
     assert (clip.image_size, clip.token_dim, clip.embedding_dim) == (32, 192, train.SEMANTIC + train.APPEARANCE)
@@ -353,3 +357,22 @@ def test_training_resumes_where_it_was_killed(tmp_path):
 
     whole, killed = final(tmp_path / 'a'), final(tmp_path / 'b', 200)
     assert torch.equal(whole, killed) and (whole[:4] - 1).abs().max() < 0.2
+
+
+def test_the_gan_draws_many_pictures_and_every_chunk_shows():
+    """256 latents: no two pictures alike, as of a collapsed generator; a chunk drawn anew changes the picture, and less
+    than all of them do."""
+    generator = LatentGenerator(dict(kind='biggan', model=str(ROOT / 'tiny/gan'), truncation=2.0, psi=1.0, crop=None),
+                                torch.device('cpu'), 32)
+    assert (generator.chunks, generator.size) == (6, 32)
+    z = generator.anchors(0, np.arange(256))
+    images = generator.images(generator.code(z))
+    assert images.min() > -0.01 and images.max() < 1.01 and (images[:, :, 1:] - images[:, :, :-1]).abs().mean() > 0.02
+    apart = torch.cdist(images.flatten(1), images.flatten(1)) / (3 * 32 * 32) ** 0.5 * 255
+    assert (apart + 1e3 * torch.eye(256)).min() > 5 and apart.mean() > 40
+    changed = []
+    for chunk in range(6):
+        anew, at = z.clone(), slice(chunk * generator.dim // 6, (chunk + 1) * generator.dim // 6)
+        anew[:, at] = z.roll(1, 0)[:, at]
+        changed.append((generator.images(generator.code(anew)) - images).square().mean().sqrt() * 255)
+    assert all(3 < change < apart.mean() for change in changed)

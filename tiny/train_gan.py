@@ -31,7 +31,7 @@ from train import (APPEARANCE, CLASSES, SEMANTIC, autocast, embeddings_of, load,
 
 NETWORK = dict(widths=[256, 224, 192, 128, 80, 40], up=[0, 1, 0, 1, 1], chunk=20, shared=128)
 KINDS = {  # keys of config.json, steps of 64
-    'gan': (NETWORK | {'chunk': 32, 'shared': 8}, 1600),
+    'gan': (NETWORK | {'chunk': 32, 'shared': 8}, 2100),
     'icgan': (NETWORK | {'feature': 193, 'levels': True}, 10000)}
 ORDER = sorted(range(192), key=lambda i: i / SEMANTIC if i < SEMANTIC else (i - SEMANTIC) / APPEARANCE)
 #       of the embedding's dimensions in the latent of `gan`: leading components first, of subject and layout alike
