@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
@@ -93,6 +94,7 @@ def transformer(args, device):
     data = load(path)
     torch.manual_seed(args.seed)
     model = Transformer(CODES, len(CLASSES), SIDE * SIDE, width=192, depth=8, heads=6, hidden=768).to(device)
+    nn.init.normal_(model.tok_emb.weight, std=0.02)      # the logits are products with it
 
     def loss_of(indices, generator, progress):
         b = len(indices)
