@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -16,10 +15,11 @@ sys.path.insert(0, str(ROOT))
 import gen_views  # noqa: E402
 import maskgit  # noqa: E402
 from chunks import read_chunk  # noqa: E402
-from config import Fail, load_config  # noqa: E402
+from config import Fail  # noqa: E402
 from conftest import damages, picture  # noqa: E402
 from data import open_beton  # noqa: E402
 from maskgit import MaskGIT, decode, load_transformer, load_vqgan, schedule, token_mask  # noqa: E402
+from test_gen_views import generate  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 SMALL = dict(width=48, depth=2, hidden=64, tokens=16, codes=20)
@@ -222,7 +222,7 @@ def test_lightnings_checkpoint_names_classes_of_which_none_is_run(tmp_path, monk
         monkeypatch.setitem(sys.modules, part, module if part == name else sys.modules.get(part) or type(sys)(part))
     monkeypatch.setattr(module, 'ModelCheckpoint', named, raising=False)
     _, path = published(tmp_path)
-    content = torch.load(path)
+    content = torch.load(path, weights_only=True)
     torch.save({**content, 'callbacks': {named: {'best_model_score': torch.zeros(())}}}, path)
     monkeypatch.undo()
     if name == 'os':
@@ -239,7 +239,7 @@ def test_files_that_are_none(tmp_path):
             with pytest.raises(Fail, match=f'{path.name}: .*{word}') as error:
                 load(path)
             assert '\n' not in str(error.value)
-        state = next(v for k, v in torch.load(path).items() if k.endswith('state_dict'))
+        state = next(v for k, v in torch.load(path, weights_only=True).items() if k.endswith('state_dict'))
         last = next(key for key in state if key.endswith('out.bias') or key == 'last_layer.4.bias')
         for content, message in (({}, 'holds no '), ([1], 'holds no '), ({'state_dict': 3}, 'holds no '),
                                  ({k: v for k, v in state.items() if k != last}, 'does not fit its network'),
@@ -393,15 +393,6 @@ def settings(tmp_path, folder):
             'generator': {'kind': 'maskgit', 'model': str(folder), 'precision': 'fp32', 'mask': {'steps': 3}},
             'view_size': 16, 'view_format': 'png', 'beton_mode': 'raw', 'batch_size': 4, 'chunk_size': 4,
             'device': 'cpu'}
-
-
-def generate(settings, tmp_path, **changes):
-    """Run the stage in this process; returns the run folder."""
-    path = tmp_path / 'experiment.yaml'
-    path.write_text(yaml.safe_dump({**settings, **changes}))
-    config = load_config(gen_views.DEFAULTS, [str(path)])
-    gen_views.main(config)
-    return Path(config['output'])
 
 
 def test_stage_2(settings, folder, tmp_path, capsys):

@@ -38,6 +38,17 @@ def covered(of, by, neighbours=3):
     return (torch.cdist(of, by) <= radius).any(1).float().mean().item()
 
 
+def variety(features):
+    """Effective number of dimensions of features (N, D): (sum of the covariance's eigenvalues)^2 / sum of squares."""
+    covariance = torch.cov(features.double().T)
+    return (covariance.trace() ** 2 / covariance.square().sum()).item()
+
+
+def encode(clip, images):
+    """Embeddings (N, D) of images (N, 3, 32, 32) in 0..1."""
+    return torch.cat([clip.forward((part - MEAN) / STD)[1] for part in images.split(250)]).float()
+
+
 def quantised(images):
     return (images * 255).clamp(0, 255).byte().float() / 255
 
@@ -60,26 +71,31 @@ def report_gan(args):
     real = read([paths[i] for i in order]).float() / 255
     print(f'two samples differ by {rms(made[::2], made[1::2]):.1f} (pixels, rms of 255), '
           f'two real images by {rms(real[:count:2], real[1:count:2]):.1f}')
+    clip = FrozenClip({'model': str(HERE / 'clip')}, torch.device('cpu'))
+    parts = real[:count], real[count:], made
+    a, b, fake = (encode(clip, x) for x in parts)
+    mean, std = torch.cat([a, b]).mean(0), torch.cat([a, b]).std(0)
+    a, b, fake = ((x - mean) / std for x in (a, b, fake))
+    print(f'tiny/clip, {count} images each: recall {covered(a, fake):.3f} (other real images {covered(a, b):.3f}), '
+          f'precision {covered(fake, a):.3f}, variety {variety(fake):.1f} (real {variety(a):.1f})', flush=True)
     if args.inception:
         network = fid_inception(args.inception)
-        a, b, fake = (torch.cat([network((part * 255).byte()) for part in x.split(50)])
-                      for x in (real[:count], real[count:], made))
-        print(f'{count} images each: FID {frechet(a, fake):.1f}, of as many other real images {frechet(a, b):.1f}; '
-              f'recall {covered(a, fake):.3f} (real {covered(a, b):.3f}), precision {covered(fake, a):.3f}')
+        a, b, fake = (torch.cat([network((part * 255).round().byte()) for part in x.split(50)]) for x in parts)
+        print(f'FID {frechet(a, fake):.1f}, of as many other real images {frechet(a, b):.1f}')
     page = lambda images, columns: torch.cat([torch.cat(list(images[at:at + columns]), 2)
                                               for at in range(0, len(images), columns)], 1)
     picture(page(made[:160], 20), args.pictures, 'gan.png')
     rows, width = [], generator.dim // generator.chunks
     for chunk in range(generator.chunks):
-        random = torch.as_tensor(uniform(1, np.arange(7), chunk, generator.dim))
-        for row in range(2):
-            moved = z[row:row + 1].repeat(8, 1)
-            at = slice(width * chunk, width * (chunk + 1))
-            moved[1:, at] = normal(random, 2.0)[:, at]
-            images = generator.images(generator.code(moved))
-            rows.append(images)
-        print(f'chunk {chunk} anew: {rms(rows[-1][1:], rows[-1][:1].expand(7, -1, -1, -1)):.1f} to the anchor '
-              '(pixels, rms of 255)')
+        at, changed = slice(width * chunk, width * (chunk + 1)), z.clone()
+        changed[:, at] = z.roll(1, 0)[:, at]
+        other = torch.cat([quantised(generator.images(generator.code(part))) for part in changed.split(250)])
+        print(f'chunk {chunk} of another sample: changes the picture by {rms(other, made):.1f}')
+        random = normal(uniform(1, np.arange(7), chunk, generator.dim), 2.0)
+        for anchor in z[:2]:
+            moved = anchor.repeat(8, 1)
+            moved[1:, at] = random[:, at]
+            rows.append(generator.images(generator.code(moved)))
     picture(torch.cat([page(torch.cat(rows[0::2]), 8), page(torch.cat(rows[1::2]), 8)], 2), args.pictures,
             'gan_chunks.png')
 
@@ -92,14 +108,10 @@ def report_icgan(args):
     clip = FrozenClip({'model': str(HERE / 'clip')}, device)
     generator = ICGAN(dict(model=str(HERE / 'icgan'), condition='stored', noise=dict(truncation=0.0)), device)
 
-    def encode(images):
-        parts = (clip.forward((part - MEAN) / STD)[1] for part in images.split(250))
-        return torch.cat(list(parts)).float()
-
     count = args.count
     source = source_dataset(dict(name='CIFAR10', root='data/cifar10', split='train', download=True, subset=count))
     x = torch.from_numpy(np.stack([np.asarray(source[i][0]) for i in range(count)])).permute(0, 3, 1, 2) / 255
-    labels, judge, embeddings = torch.from_numpy(source.labels), published_judge(args.judge, device), encode(x)
+    labels, judge, embeddings = torch.from_numpy(source.labels), published_judge(args.judge, device), encode(clip, x)
     features, shown = judge(x)[1], [x]
     for level in (0, 100, 200, 300, 400):
         def draw(number, seed):
@@ -114,9 +126,10 @@ def report_icgan(args):
         (scores, found), other, second = judge(views), judge(again)[1], views[:len(again)]
         shown.append(views)
         print(f'| {level} | {(scores.argmax(1) == labels).float().mean():.1%} | '
-              f'{F.cosine_similarity(encode(views), embeddings).mean():.3f} | {rms(views, x):.1f} | '
+              f'{F.cosine_similarity(encode(clip, views), embeddings).mean():.3f} | {rms(views, x):.1f} | '
               f'{(found - features).norm(dim=1).mean():.2f} | '
-              f'{F.cosine_similarity(encode(second), encode(again)).mean():.3f} | {rms(second, again):.1f} | '
+              f'{F.cosine_similarity(encode(clip, second), encode(clip, again)).mean():.3f} | '
+              f'{rms(second, again):.1f} | '
               f'{(found[:len(again)] - other).norm(dim=1).mean():.2f} | {rate:.0f} views/s', flush=True)
     rows = torch.arange(0, count, count // 20)[:20]
     picture(torch.cat([torch.cat([part[i] for i in rows], 2) for part in shown], 1), args.pictures, 'icgan.png')
