@@ -61,8 +61,8 @@ def save_half(model, name):
 
 @contextmanager
 def autocast(device):
-    """bf16, with plain attention on the CPU, whose fused kernel is slow backwards."""
-    with torch.autocast(device.type, torch.bfloat16), \
+    """bf16 where the hardware has it, with plain attention on the CPU, whose fused kernel is slow backwards."""
+    with torch.autocast(device.type, torch.bfloat16, device.type != 'cpu' or torch.cpu._is_avx512_bf16_supported()), \
             sdpa_kernel(SDPBackend.MATH) if device.type == 'cpu' else nullcontext():
         yield
 
