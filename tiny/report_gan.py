@@ -1,7 +1,8 @@
-"""What the embedded GANs draw: the tables of tiny/README.md on them, their pages of pictures.
+"""What the embedded GANs and MaskGIT draw: the tables of tiny/README.md on them, their pages of pictures.
 
-    python tiny/report_gan.py gan   --inception default_1.pt --pictures tiny   # tiny/gan
-    python tiny/report_gan.py icgan --judge resnet56-4bfd9763.th               # tiny/icgan, on CIFAR-10
+    python tiny/report_gan.py gan     --inception default_1.pt --pictures tiny   # tiny/gan
+    python tiny/report_gan.py icgan   --judge resnet56-4bfd9763.th               # tiny/icgan, on CIFAR-10
+    python tiny/report_gan.py maskgit --judge resnet56-4bfd9763.th               # tiny/maskgit, likewise
 
 --inception: FID's network, see fid.weights in view_eval.py. --data as for tiny/train_gan.py.
 """
@@ -18,6 +19,8 @@ from report import picture, published_judge, rms
 from train import CLASSES, HERE, MEAN, STD, read, training_images
 
 sys.path.insert(0, str(HERE.parent))
+import gen_views  # noqa: E402
+from config import default_config  # noqa: E402
 from distances import Frechet, fid_inception  # noqa: E402
 from frozen_clip import FrozenClip  # noqa: E402
 from latents import LatentGenerator, normal, uniform  # noqa: E402
@@ -100,24 +103,37 @@ def report_gan(args):
             'gan_chunks.png')
 
 
-@torch.no_grad()
-def report_icgan(args):
-    """The table of views of tiny/unclip, for tiny/icgan."""
-    from generators import ICGAN
-    device = torch.device('cpu')
-    clip = FrozenClip({'model': str(HERE / 'clip')}, device)
-    generator = ICGAN(dict(model=str(HERE / 'icgan'), condition='stored', noise=dict(truncation=0.0)), device)
+LEVELS = 0, 100, 200, 300, 400
+MASKS = {'all but the outer ring': {}, 'a block of half of these': dict(share=0.5, block=True),
+         'half of these': dict(share=0.5), 'a quarter': dict(share=0.25), 'one': dict(share=1 / 36)}
 
-    count = args.count
+
+@torch.no_grad()
+def report_views(args):
+    """The table of views of tiny/unclip, for tiny/icgan (a row for each noise level) and tiny/maskgit (for each mask)."""
+    from generators import ICGAN
+    from maskgit import MaskGIT
+    device, count = torch.device('cpu'), args.count
+    clip = FrozenClip({'model': str(HERE / 'clip')}, device)
     source = source_dataset(dict(name='CIFAR10', root='data/cifar10', split='train', download=True, subset=count))
-    x = torch.from_numpy(np.stack([np.asarray(source[i][0]) for i in range(count)])).permute(0, 3, 1, 2) / 255
+    images = [source[i][0] for i in range(count)]
+    x = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2) / 255
     labels, judge, embeddings = torch.from_numpy(source.labels), published_judge(args.judge, device), encode(clip, x)
     features, shown = judge(x)[1], [x]
-    for level in (0, 100, 200, 300, 400):
+    spec = dict(default_config(gen_views.DEFAULTS)['generator'], model=str(HERE / args.model), condition='stored')
+    if args.model == 'icgan':
+        generator = ICGAN({**spec, 'noise': dict(truncation=args.truncation)}, device)
+        made = {level: lambda part, seeds, l=level: generator.views(embeddings[part], [l] * len(seeds), seeds)
+                for level in LEVELS}
+    else:
+        generators = {name: MaskGIT({**spec, 'mask': {**spec['mask'], **mask}}, device, 0)
+                      for name, mask in MASKS.items()}
+        made = {name: lambda part, seeds, g=g: g.views(g.embed(images[part]), [0] * len(seeds), seeds)
+                for name, g in generators.items()}
+    for name, make in made.items():
         def draw(number, seed):
             parts = [slice(at, min(at + 100, number)) for at in range(0, number, 100)]
-            views = np.concatenate([generator.views(embeddings[p], [level] * len(x[p]),
-                                                    [seed + i for i in range(p.start, p.stop)]) for p in parts])
+            views = np.concatenate([make(p, [seed + i for i in range(p.start, p.stop)]) for p in parts])
             return torch.from_numpy(views).permute(0, 3, 1, 2).float() / 255
 
         start = time.time()
@@ -125,23 +141,25 @@ def report_icgan(args):
         rate, again = count / (time.time() - start), draw(count // 5, 1_000_000)
         (scores, found), other, second = judge(views), judge(again)[1], views[:len(again)]
         shown.append(views)
-        print(f'| {level} | {(scores.argmax(1) == labels).float().mean():.1%} | '
+        print(f'| {name} | {(scores.argmax(1) == labels).float().mean():.1%} | '
               f'{F.cosine_similarity(encode(clip, views), embeddings).mean():.3f} | {rms(views, x):.1f} | '
               f'{(found - features).norm(dim=1).mean():.2f} | '
               f'{F.cosine_similarity(encode(clip, second), encode(clip, again)).mean():.3f} | '
               f'{rms(second, again):.1f} | '
               f'{(found[:len(again)] - other).norm(dim=1).mean():.2f} | {rate:.0f} views/s', flush=True)
     rows = torch.arange(0, count, count // 20)[:20]
-    picture(torch.cat([torch.cat([part[i] for i in rows], 2) for part in shown], 1), args.pictures, 'icgan.png')
+    picture(torch.cat([torch.cat([part[i] for i in rows], 2) for part in shown], 1), args.pictures,
+            f'{args.model}.png')
 
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('model', choices=['gan', 'icgan'])
+    parser.add_argument('model', choices=['gan', 'icgan', 'maskgit'])
     parser.add_argument('--data', default='tiny-imagenet-200', help='folder with train/')
     parser.add_argument('--inception', default=None)
     parser.add_argument('--judge', default='resnet56-4bfd9763.th', help='classifier of CIFAR-10')
+    parser.add_argument('--truncation', type=float, default=0.0, help='of icgan: bound of its latents, halved')
     parser.add_argument('--count', type=int, default=2000, help='images to measure on')
     parser.add_argument('--pictures', type=Path, default=None, help='folder for the pictures')
     args = parser.parse_args()
-    (report_gan if args.model == 'gan' else report_icgan)(args)
+    (report_gan if args.model == 'gan' else report_views)(args)
