@@ -261,7 +261,7 @@ def main():
         share = [f'{100 * (1 - x):.1f}' for x in row['limit']]
         print(f"| {method} | {row['ours']:.1f} | {row.get('lightly', '')} | {ratio} | {share[0]} % ({share[2]} to "
               f'{share[1]}) |', flush=True)
-    smallest = {key: min(row[key][0] for row in rows) for key in ('ratio', 'limit') if rows[0][key]}
+    smallest = {key: rows[0][key] and min(row[key][0] for row in rows) for key in ('ratio', 'limit')}
     print(json.dumps({**options, 'hardware': bench.device_name(), 'rows': rows, **smallest}))
 
 
