@@ -1,4 +1,5 @@
 """What every stage needs and nothing else: its start and end, processes, stop signal, resuming, log."""
+import ctypes
 import errno
 import fcntl
 import json
@@ -278,6 +279,15 @@ def restore(saved, model, optimizer, scaler, processes):
     states = saved['random'] if isinstance(saved['random'], list) else [saved['random']]
     set_random_states(states[processes.rank if len(states) == processes.world else 0])
     return saved['step']
+
+
+def keep_memory():
+    """The process keeps the memory that it frees, up to its peak: glibc hands large blocks back to the system, and a
+    training step on a CPU gets the same ones again a page fault at a time."""
+    with suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)           # M_MMAP_MAX: no block of its own mapping
+        libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
 
 
 def seed_everything(seed):

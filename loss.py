@@ -228,6 +228,19 @@ def swapped_prediction(scores, codes, temperature=0.1):
         return -(codes.detach().float() * F.log_softmax(scores.float() / temperature, 1)).sum(1)
 
 
+def _off_diagonal(centred, spread):
+    """Sum of the squared elements of C = centred.T @ centred off its diagonal `spread`. centred: (N, D).
+
+    The matrices of products of the columns, (D, D), and of the rows, (N, N), have the same sum of squares. The smaller
+    one is taken, N * D * min(N, D) operations instead of N * D * D, unless the diagonal makes up most of the sum, of
+    which the difference would keep few digits: C has rank N at most, so that D >= 2 N leaves half of it."""
+    if centred.shape[1] >= 2 * len(centred):
+        return (centred @ centred.T).square().sum() - spread.square().sum()
+    matrix = centred.T @ centred
+    matrix.diagonal().fill_(0)
+    return matrix.square().sum()
+
+
 def vicreg(z1, z2):
     """VICReg (arXiv 2105.04906, eq. 1-5). Returns invariance (B,), variance () and covariance ().
 
@@ -245,11 +258,10 @@ def vicreg(z1, z2):
         z1, z2 = z1.float(), z2.float()
         variance = covariance = 0
         for view in _gather(torch.cat([z1, z2], 1))[0].chunk(2, 1):
-            centred = view - view.mean(0)
-            matrix = centred.T @ centred / (len(view) - 1)
-            variance = variance + F.relu(1 - torch.sqrt(matrix.diagonal() + 1e-4)).mean() / 2
-            matrix.diagonal().fill_(0)
-            covariance = covariance + matrix.square().sum() / view.shape[1]
+            centred, rows = view - view.mean(0), len(view) - 1
+            spread = centred.square().sum(0) / rows
+            variance = variance + F.relu(1 - torch.sqrt(spread + 1e-4)).mean() / 2
+            covariance = covariance + _off_diagonal(centred / rows ** 0.5, spread) / view.shape[1]
         return (z1 - z2).square().mean(1), variance, covariance
 
 

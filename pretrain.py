@@ -36,8 +36,8 @@ from timm.optim import Lars
 from tqdm import tqdm
 
 from checkpoints import NORMALIZATIONS, normalization, save_backbone
-from common import (Log, Processes, StopSignal, earlier, precision_dtype, random_states, restore, run, say,
-                    seed_everything)
+from common import (Log, Processes, StopSignal, earlier, keep_memory, precision_dtype, random_states, restore, run,
+                    say, seed_everything)
 from config import Fail, check_values, run_folder
 from files import save_checkpoint
 from data import PairLoader, check_size
@@ -335,8 +335,17 @@ def lars(groups, momentum, **settings):
     return Lars(groups, momentum=momentum, trust_coeff=0.001, **settings)
 
 
-OPTIMIZERS = {'sgd': torch.optim.SGD, 'lars': lars,
-              'adamw': lambda groups, momentum, **settings: torch.optim.AdamW(groups, **settings)}
+def sgd(groups, **settings):
+    """torch's in one kernel, which reads no number back from the GPU for fp16 either. It takes the momenta of all
+    parameters or of none: those that learn later (SwAV's prototypes) start at 0 like the others."""
+    optimizer = torch.optim.SGD(groups, fused=True, **settings)
+    for parameter in (p for group in groups for p in group['params']):
+        optimizer.state[parameter]['momentum_buffer'] = torch.zeros_like(parameter)
+    return optimizer
+
+
+OPTIMIZERS = {'sgd': sgd, 'lars': lars,
+              'adamw': lambda groups, momentum, **settings: torch.optim.AdamW(groups, **settings, fused=True)}
 
 
 def build_optimizer(model, config):
@@ -370,6 +379,39 @@ def learning_rate(step, steps_per_epoch, epochs, optimizer):
 
 # ---------------------------------------------------------------------------------------------------
 # While training
+
+def train_step(batches, wrapped, optimizer, scaler, quality, step, look, config, dtype):
+    """One step on the next micro-batches of the iterator `batches`. wrapped: of models.distributed; quality: or None.
+    Returns the loss () on the device, figures, weights and qualities (B,) of the last micro-batch, and the seconds
+    that data were waited for. Nothing in it waits for the GPU."""
+    model, accumulate = getattr(wrapped, 'module', wrapped), config['accumulate']
+    device, waited, total = model.mean.device, 0.0, 0.0
+    model.before_step(step)
+    optimizer.zero_grad()
+    for micro_batch in range(accumulate):
+        asked = time.perf_counter()
+        batch = next(batches)
+        waited += time.perf_counter() - asked
+        views = [view.to(device, non_blocking=True) for view in batch['views']]
+        labels = (batch['label'].to(device),) if model.labelled else ()
+        last = micro_batch + 1 == accumulate
+        with nullcontext() if last or wrapped is model else wrapped.no_sync():
+            with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+                weights, qualities = quality(*views[:2]) if quality else (1.0, None)
+                loss, extra, figures = wrapped(views, step, look, *labels)
+            loss = ((loss * weights).mean() + extra) / accumulate
+            scaler.scale(loss).backward()
+        total = total + loss.detach()
+    for parameter in model.frozen(step):
+        parameter.grad = None
+    if config['optimizer']['clip_grad']:
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config['optimizer']['clip_grad'])
+    scaler.step(optimizer)
+    scaler.update()
+    model.after_step(step)
+    return total, figures, weights, qualities, waited
+
 
 def stop_if_not_finite(losses, parameters, step, last_saved, checkpoint):
     """Raises Fail, on all processes, where one has a loss (those of the steps up to `step`) or a parameter that is not
@@ -480,6 +522,8 @@ def main(config):
     seed_everything(config['seed'])  # the same on all processes: they build the same model
     torch.set_float32_matmul_precision('high')  # TF32 where the GPU has it
     torch.backends.cudnn.benchmark = True
+    if device.type == 'cpu':
+        keep_memory()
     loader = open_pairs(config, processes)
     steps_per_epoch = len(loader) // accumulate
     last_step = epochs * steps_per_epoch
@@ -521,31 +565,10 @@ def main(config):
             rate = learning_rate(step, steps_per_epoch, epochs, settings)
             for group in optimizer.param_groups:
                 group['lr'] = settings['lr'] if group['fixed_lr'] else rate
-            model.before_step(step)
-            optimizer.zero_grad()
-            losses.append(torch.zeros((), device=device))  # on the device: reading one would wait for the GPU
-            for micro_batch in range(accumulate):
-                asked = time.perf_counter()
-                batch = next(batches)
-                waited += time.perf_counter() - asked
-                views = [view.to(device, non_blocking=True) for view in batch['views']]
-                labels = (batch['label'].to(device),) if model.labelled else ()
-                last = micro_batch + 1 == accumulate
-                with nullcontext() if last or wrapped is model else wrapped.no_sync():
-                    with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-                        weights, qualities = quality(*views[:2]) if quality else (1.0, None)
-                        loss, extra, figures = wrapped(views, step, look, *labels)
-                    loss = ((loss * weights).mean() + extra) / accumulate
-                    scaler.scale(loss).backward()
-                losses[-1] += loss.detach()
-            for parameter in model.frozen(step):
-                parameter.grad = None
-            if settings['clip_grad']:
-                scaler.unscale_(optimizer)
-                torch.nn.utils.clip_grad_norm_(trained, settings['clip_grad'])
-            scaler.step(optimizer)
-            scaler.update()
-            model.after_step(step)
+            loss, figures, weights, qualities, seconds = train_step(batches, wrapped, optimizer, scaler, quality, step,
+                                                                    look, config, dtype)
+            losses.append(loss)  # on the device: reading one would wait for the GPU
+            waited += seconds
             step += 1
             bar.update()
 
