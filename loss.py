@@ -231,9 +231,9 @@ def swapped_prediction(scores, codes, temperature=0.1):
 def _off_diagonal(centred, spread):
     """Sum of the squared elements of C = centred.T @ centred off its diagonal `spread`. centred: (N, D).
 
-    The matrices of products of the columns, (D, D), and of the rows, (N, N), have the same sum of squares. The smaller
-    one is taken, N * D * min(N, D) operations instead of N * D * D, unless the diagonal makes up most of the sum, of
-    which the difference would keep few digits: C has rank N at most, so that D >= 2 N leaves half of it."""
+    The products of the rows, (N, N), have the same sum of squares as C, (D, D). From D = 2 N on they are taken, and the
+    diagonal is subtracted: with equal variances at most half of the sum, as C has rank N. Where a few columns hold
+    nearly all variance, few digits of the difference are left."""
     if centred.shape[1] >= 2 * len(centred):
         return (centred @ centred.T).square().sum() - spread.square().sum()
     matrix = centred.T @ centred

@@ -35,17 +35,6 @@ BLOCKS = {'resnet18': (BasicBlock, (2, 2, 2, 2)), 'resnet34': (BasicBlock, (3, 4
 VITS = {'vit_small': 384, 'vit_base': 768}  # width; both have 12 blocks and 12 heads
 
 
-class Conv3x3(nn.Conv2d):
-    """3x3 convolution with padding 1, stride 1 or 2. Where one pixel comes out it is a Linear of the taps that meet the
-    image: the same sums, for which oneDNN's backward takes 10 times as long (an ImageNet stem at 32 px has four)."""
-
-    def forward(self, x):
-        side = x.shape[-1]
-        if side > self.stride[0] or x.shape[-2] != side:
-            return super().forward(x)
-        return F.linear(x.flatten(1), self.weight[:, :, 1:1 + side, 1:1 + side].flatten(1))[:, :, None, None]
-
-
 class Backbone(ResNet):
     """ResNet without classifier: images (B, 3, H, W) -> features (B, feature_dim); torchvision's parameter names.
 
@@ -65,9 +54,6 @@ class Backbone(ResNet):
         if stem == 'cifar':
             self.maxpool = nn.Identity()
         self.fc = nn.Identity()
-        for module in self.modules():
-            if type(module) is nn.Conv2d and module.kernel_size == (3, 3):
-                module.__class__ = Conv3x3
 
     def _make_layer(self, block, planes, *args, **kwargs):
         if planes == 64:  # the first stage sees the stem's channels

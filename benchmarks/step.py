@@ -1,8 +1,8 @@
 """A training step of ours against one of lightly's: same network (theirs is torchvision's ResNet, as in its examples),
 heads of the same sizes, batch, precision, optimizer (torch's SGD with momentum and weight decay).
 
-    python benchmarks/step.py                            # CPU: ResNet-18, 32 px, heads as in lightly's examples
-    python benchmarks/step.py device=cuda                # GPU: ResNet-50, 224 px, heads as published
+    python benchmarks/step.py             # CPU: ResNet-18 with the stem for 32 px, heads as in lightly's examples
+    python benchmarks/step.py device=cuda # GPU: ResNet-50, 224 px, heads as published
 
 Ours is pretrain.py's train_step with everything that is in it: uint8 views to the device, normalisation, momentum
 update, networks, loss, queue, backward, optimizer. Theirs is the loop of lightly's examples in examples/pytorch, on
@@ -236,10 +236,11 @@ def spread(values):
 
 
 def main():
-    options = bench.options(device='cpu', methods=','.join(EXAMPLES), arch='', stem='imagenet', size=0, batch=0,
+    options = bench.options(device='cpu', methods=','.join(EXAMPLES), arch='', stem='', size=0, batch=0,
                             crops=-1, rounds=15, steps=1, precision='auto')
     cuda = options['device'] == 'cuda'
-    for key, small, large in (('arch', 'resnet18', 'resnet50'), ('size', 32, 224), ('batch', 128, 256)):
+    for key, small, large in (('arch', 'resnet18', 'resnet50'), ('stem', 'cifar', 'imagenet'), ('size', 32, 224),
+                              ('batch', 128, 256)):
         options[key] = options[key] or (large if cuda else small)
     options['crops'] = 6 * cuda if options['crops'] < 0 else options['crops']
     names, packages = ['ours', 'bare'], ['torch', 'torchvision']

@@ -14,33 +14,6 @@ sys.path.insert(0, str(ROOT))
 
 import pretrain  # noqa: E402
 from loss import vicreg  # noqa: E402
-from models import Conv3x3, build_backbone  # noqa: E402
-
-
-@pytest.mark.parametrize('side, stride', [(1, 1), (1, 2), (2, 2), (2, 1), (5, 2)])
-@pytest.mark.parametrize('memory', [torch.contiguous_format, torch.channels_last])
-def test_convolution_to_one_pixel(side, stride, memory):
-    torch.manual_seed(0)
-    ours = Conv3x3(6, 8, 3, stride, 1, bias=False).to(memory_format=memory)
-    plain = nn.Conv2d(6, 8, 3, stride, 1, bias=False)
-    plain.load_state_dict(ours.state_dict())
-    x = torch.randn(4, 6, side, side)
-    inputs = [x.clone().to(memory_format=memory).requires_grad_(), x.clone().requires_grad_()]
-    outputs = [conv(image) for conv, image in zip((ours, plain), inputs)]
-    assert outputs[0].shape == outputs[1].shape and (outputs[0].shape[-1] == 1) == (side <= stride)
-    torch.testing.assert_close(*outputs)
-    for output in outputs:
-        output.square().sum().backward()
-    torch.testing.assert_close(inputs[0].grad, inputs[1].grad)
-    torch.testing.assert_close(ours.weight.grad, plain.weight.grad)
-
-
-def test_every_3x3_convolution_of_a_resnet_knows_it():
-    for arch, count in (('resnet18', 16), ('resnet50', 16)):
-        backbone = build_backbone(arch, width=8)
-        assert sum(type(m) is Conv3x3 for m in backbone.modules()) == count
-        assert all(m.padding == (1, 1) and m.bias is None and m.groups == 1 for m in backbone.modules()
-                   if type(m) is Conv3x3)
 
 
 @pytest.mark.parametrize('samples, dim', [(6, 12), (6, 11), (5, 64)])
