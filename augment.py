@@ -43,6 +43,7 @@ if not cacheable():                                      # a read-only installat
         if os.lstat(folder).st_uid == os.getuid():       # of others we run no code
             numba.config.CACHE_DIR = folder
 JIT = dict(cache=cacheable(), nogil=True, error_model='numpy')
+F32 = np.float32
 IMAGE, VIEW = 0, 1                                       # the two sources of a sample
 SHORT_READ, BAD_JPEG = 1, 2                              # what can go wrong with a sample while reading
 # columns of a recipe row and of the parameters drawn from it
@@ -298,29 +299,28 @@ def _saturation(p, factor):
 
 @njit(**JIT)
 def _hue(p, factor):
-    """Shift the hue by factor * 255 of 256 steps through 8-bit HSV: equal to PIL for every colour, which is why the
-    hue is computed in float64 and rounded to float32 on the way."""
-    shift = np.int32(int(factor * 255) & 255)
+    """Shift the hue by factor * 255 of 256 steps through 8-bit HSV: equal to PIL for every colour, in float32 alone (8
+    pixels at a time where float64 has 4, and no branches)."""
+    shift, zero, half, one, full = np.int32(int(factor * 255) & 255), F32(0), F32(0.5), F32(1), F32(255)
     red, green, blue = p[0], p[1], p[2]
     for i in range(red.size):
-        r, g, b = np.int32(red[i]), np.int32(green[i]), np.int32(blue[i])
+        r, g, b = F32(red[i]), F32(green[i]), F32(blue[i])
         high, low = max(r, max(g, b)), min(r, min(g, b))
-        after, sector = (b, 0.0) if r == high else ((r, 2.0) if g == high else (g, 4.0))
-        middle = np.float64(np.float32(2 * high + low - r - g - b) / np.float32(max(high - low, np.int32(1))))
-        h = np.float64(np.float32(sector + (1 - middle) if after == low else sector + (middle - 1))) * (1 / 6) + 1
-        h = np.float32(h - 1 if h >= 1 else h)
-        s = np.int32(np.float32(high - low) / np.float32(max(high, np.int32(1))) * np.float32(255))
-        h6 = np.int32(6) * ((np.int32(h * np.float32(255)) + shift) & np.int32(255))
-        k = (h6 * np.int32(257) + np.int32(257)) >> np.int32(16)         # h6 // 255
-        f = h6 - k * np.int32(255)
-        # the textbook's p, q, t: v (1 - s), v (1 - s f), v (1 - s (1 - f)), rounded; s and f count 1/255
-        v, step = np.float32(high), np.float32(1 / 65025) * np.float32(high)
-        m = np.int32(v - step * np.float32(s * np.int32(255)) + np.float32(0.5))
-        q = np.int32(v - step * np.float32(s * f) + np.float32(0.5))
-        t = np.int32(v - step * np.float32(s * (np.int32(255) - f)) + np.float32(0.5))
-        red[i] = np.uint8(high if k == 0 or k >= 5 else (q if k == 1 else (t if k == 4 else m)))
-        green[i] = np.uint8(high if k == 1 or k == 2 else (t if k == 0 or k == 6 else (q if k == 3 else m)))
-        blue[i] = np.uint8(high if k == 3 or k == 4 else (t if k == 2 else (q if k == 5 else m)))
+        after, sector = (b, zero) if r == high else ((r, F32(2)) if g == high else (g, F32(4)))
+        middle = (high + high + low - r - g - b) / max(high - low, one)
+        h = (sector + one - middle if after == low else sector - one + middle) / F32(6)
+        h = h + one if h < zero else h
+        s = F32(np.int32((high - low) / max(high, one) * full))
+        h6 = F32(np.int32(6) * ((np.int32(h * full) + shift) & np.int32(255)))
+        # the textbook's p, q, t: v (1 - s), v (1 - s f), v (1 - s (1 - f)), rounded; s and f count 1/255. A channel
+        # is v near its own hue, v (1 - s) far from it and goes linearly in between
+        step, v = F32(1 / 65025) * high, high
+        m = min(max(F32(510) - abs(h6 - F32(765)), zero), full)
+        q = min(max(abs(h6 - F32(510)) - full, zero), full)
+        t = min(max(abs(h6 - F32(1020)) - full, zero), full)
+        red[i] = np.uint8(np.int32(v - step * (s * m) + half))
+        green[i] = np.uint8(np.int32(v - step * (s * q) + half))
+        blue[i] = np.uint8(np.int32(v - step * (s * t) + half))
 
 
 @njit(**JIT)
