@@ -16,11 +16,13 @@ import math
 import os
 import tempfile
 from contextlib import suppress
+from functools import reduce
 
 import numba
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from config import Fail, check_keys
@@ -70,6 +72,40 @@ def _c(typingctx, address, args):
         function = ir.FunctionType(word, [word] * len(words)).as_pointer()
         return builder.call(builder.inttoptr(values[0], function), words)
     return types.int64(types.int64, types.UniTuple(types.int64, len(args))), codegen
+
+
+@intrinsic
+def _weigh(typingctx, pixels, weights, n, out):
+    """Write the sum of n pixels (3 bytes each), each times its weight (int32, in units of 2**-22), to `out`: all three
+    channels in one vector instruction, of which numba makes nine. All are addresses; reads and writes a byte more."""
+    def codegen(context, builder, signature, values):
+        byte, word, long, four = ir.IntType(8), ir.IntType(32), ir.IntType(64), lambda kind: ir.VectorType(kind, 4)
+        pixels, weights, n, out = values
+        pixels, out = builder.inttoptr(pixels, byte.as_pointer()), builder.inttoptr(out, four(byte).as_pointer())
+        weights, half = builder.inttoptr(weights, word.as_pointer()), ir.Constant(four(word), [1 << 21] * 4)
+
+        def add(total, j):
+            at = builder.gep(pixels, [builder.mul(j, long(3))])
+            pixel = builder.zext(builder.load(builder.bitcast(at, four(byte).as_pointer()), align=1), four(word))
+            weight = builder.insert_element(four(word)(ir.Undefined), builder.load(builder.gep(weights, [j])), word(0))
+            weight = builder.shuffle_vector(weight, weight, four(word)([0] * 4))
+            return builder.add(total, builder.mul(pixel, weight))
+
+        total = cgutils.alloca_once(builder, four(word))
+        few = builder.icmp_unsigned('<=', n, long(4))
+        with builder.if_else(few) as (then, otherwise):
+            with then:                                   # a loop would cost more than it does
+                for several in (1, 2, 3, 4):
+                    with builder.if_then(builder.icmp_unsigned('==', n, long(several))):
+                        builder.store(reduce(add, map(long, range(several)), half), total)
+            with otherwise:
+                builder.store(half, total)
+                with cgutils.for_range(builder, n) as loop:
+                    builder.store(add(builder.load(total), loop.index), total)
+        levels = builder.trunc(builder.lshr(builder.load(total), four(word)([22] * 4)), four(byte))
+        builder.store(levels, out, align=1)
+        return context.get_dummy_value()
+    return types.void(types.int64, types.int64, types.int64, types.int64), codegen
 
 
 @njit(**JIT)
@@ -197,25 +233,27 @@ def sources_of_views(seed, keys, alpha, swap, views):
 
 @njit(**JIT)
 def _taps(n_in, n_out, first, count):
-    """Pillow's antialiased bilinear filter, n_in -> n_out, for the outputs first..first+count: where each starts, how
-    many inputs it reads and their weights in 2**-22. Upscaling is plain bilinear."""
+    """Pillow's antialiased bilinear filter, n_in -> n_out, for the outputs first..first+count: where each starts and
+    the weights in 2**-22 of the inputs it reads, of all the same number (branches on it would not be foreseen).
+    Upscaling is plain bilinear."""
     scale = n_in / n_out
     support = max(scale, 1.0)
     start, number = np.empty(count, np.int64), np.empty(count, np.int64)
-    weight = np.zeros((count, int(math.ceil(support)) * 2 + 1), np.int32)
-    share = np.empty(weight.shape[1])
     for i in range(count):
         centre = (first + i + 0.5) * scale
-        lo = max(int(centre - support + 0.5), 0)
-        n = min(int(centre + support + 0.5), n_in) - lo
-        total = 0.0
-        for j in range(n):
+        start[i] = max(int(centre - support + 0.5), 0)
+        number[i] = min(int(centre + support + 0.5), n_in) - start[i]
+    most = number.max()
+    weight, share = np.zeros((count, most), np.int32), np.empty(most)
+    for i in range(count):
+        centre, total, lo = (first + i + 0.5) * scale, 0.0, start[i]
+        for j in range(number[i]):
             share[j] = max(0.0, 1 - abs(j + lo - centre + 0.5) * (1 / support))
             total += share[j]
-        for j in range(n):
-            weight[i, j] = int(0.5 + share[j] / total * (1 << 22))
-        start[i], number[i] = lo, n
-    return start, number, weight
+        start[i] = min(lo, n_in - most)
+        for j in range(number[i]):
+            weight[i, j + lo - start[i]] = int(0.5 + share[j] / total * (1 << 22))
+    return start, weight
 
 
 @njit(**JIT)
@@ -224,40 +262,36 @@ def _resize(image, width, top, left, h, w, full_h, full_w, size, flip, rows, p):
     and put its central size x size window into p (3, size * size); rows is scratch. Equal to Pillow's bilinear resize
     in the order of Pillow up to 12, across and then down; Pillow 13 swaps some shapes, which is one level at most."""
     oy, ox = int(round((full_h - size) / 2.0)), int(round((full_w - size) / 2.0))
-    start, number, weight = _taps(w, full_w, ox, size)
-    ystart, ynumber, yweight = _taps(h, full_h, oy, size)
-    y0, y1 = ystart[0], ystart[size - 1] + ynumber[size - 1]
-    line = 3 * size
+    start, weight = _taps(w, full_w, ox, size)
+    ystart, yweight = _taps(h, full_h, oy, size)
+    y0, y1, line = ystart[0], ystart[size - 1] + yweight.shape[1], 3 * size
+    last_in, last_out = np.empty(3 * w + 1, np.uint8), np.empty(line + 1, np.uint8)      # room for the byte too many
     for y in range(y0, y1):
         at = ((top + y) * width + left) * 3
-        source = image[at:at + 3 * w]
-        out = rows[(y - y0) * line:(y - y0 + 1) * line]
-        for x in range(size):
-            r = g = b = np.int32(1 << 21)
-            q = np.uint64(3 * start[x])
-            wx = weight[x]
-            for j in range(number[x]):
-                k = wx[j]
-                r += k * np.int32(source[q])
-                g += k * np.int32(source[q + np.uint64(1)])
-                b += k * np.int32(source[q + np.uint64(2)])
-                q += np.uint64(3)
-            o = size - 1 - x if flip else x
-            out[o] = np.uint8(r >> 22)
-            out[size + o] = np.uint8(g >> 22)
-            out[2 * size + o] = np.uint8(b >> 22)
-    sums = np.empty(line, np.int32)
+        pixels, to = np.int64(image.ctypes.data) + at, np.int64(rows.ctypes.data) + (y - y0) * line
+        weights, taps = np.int64(weight.ctypes.data), weight.shape[1]    # in the loop: numba frees what is used no more
+        if y == y1 - 1:
+            for i in range(3 * w):
+                last_in[i] = image[at + i]
+            pixels, to = np.int64(last_in.ctypes.data), np.int64(last_out.ctypes.data)
+        for o in range(size):
+            x = size - 1 - o if flip else o
+            _weigh(pixels + 3 * start[x], weights + 4 * x * taps, taps, to + 3 * o)
+    for i in range(line):
+        rows[(y1 - 1 - y0) * line + i] = last_out[i]
+    sums, levels = np.empty(line, np.int32), last_out
     for y in range(size):
         sums[:] = 1 << 21
-        for j in range(ynumber[y]):
+        for j in range(yweight.shape[1]):
             at = (ystart[y] - y0 + j) * line
             source, k = rows[at:at + line], yweight[y, j]
             for i in range(line):
                 sums[i] += k * np.int32(source[i])
-        for c in range(3):
-            out, part = p[c, y * size:(y + 1) * size], sums[c * size:(c + 1) * size]
-            for i in range(size):
-                out[i] = np.uint8(part[i] >> 22)
+        for i in range(line):
+            levels[i] = np.uint8(sums[i] >> 22)
+        r, g, b = p[0, y * size:(y + 1) * size], p[1, y * size:(y + 1) * size], p[2, y * size:(y + 1) * size]
+        for i in range(size):
+            r[i], g[i], b[i] = levels[3 * i], levels[3 * i + 1], levels[3 * i + 2]
 
 
 @njit(**JIT)
@@ -369,9 +403,9 @@ def _blur(p, size, sigma, scratch):
                     out[i] += w * (left[i] + right[i])
         for k in range(1, radius + 1):
             a, b = (radius - k) * size, (radius + k) * size
-            scratch[a:a + size] = scratch[b:b + size]
-            a, b = (radius + size - 1 + k) * size, (radius + size - 1 - k) * size
-            scratch[a:a + size] = scratch[b:b + size]
+            c, d = (radius + size - 1 + k) * size, (radius + size - 1 - k) * size
+            for i in range(size):                        # numba copies slices slowly
+                scratch[a + i], scratch[c + i] = scratch[b + i], scratch[d + i]
         for y in range(size):
             middle = scratch[(y + radius) * size:(y + radius + 1) * size]
             for i in range(size):
