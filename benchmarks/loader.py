@@ -4,8 +4,8 @@ alternating rounds.
 
     python benchmarks/loader.py size=224               photographic JPEGs of 256 to 500 pixels a side
     python benchmarks/loader.py size=32                CIFAR-like, raw in the beton and arrays in RAM for the others
-    python benchmarks/loader.py size=224 recipe=byol   mocov2, mocov3, byol, simsiam, swav, simclr, vicreg, nnclr: the two
-                                                       (large) views of the method's YAML for ImageNet
+    python benchmarks/loader.py size=224 recipe=byol   the two (large) views of a method's YAML for ImageNet: mocov2,
+                                                       mocov3, byol, simsiam, swav, simclr, vicreg, nnclr
 
 pil: DataLoader, torchvision's transforms on PIL images. It blurs with PIL (as MoCo v2 and SimSiam do), the fastest
 choice there is; blur=torchvision takes GaussianBlur, whose result ours equals. tensors: DataLoader, decode_jpeg and

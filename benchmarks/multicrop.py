@@ -4,10 +4,10 @@ decode, on PIL images and on tensors). Same JPEGs, same number of workers, uint8
 
     python benchmarks/multicrop.py
 
-Stock FFCV crops and flips alone: it has neither hue nor grey nor blur. `ratio_ffcv` compares it with ours doing no more
-either; `ratio` (DataLoader on PIL images) and `ratio_tensors` have SwAV's recipe on both sides. The last line is one JSON
-object: samples (8 crops) a second, ratios as medians over the rounds and their ranges, `limit` our crops and flips as
-a share of decoding every image once and nothing more, `limit_swav` those with SwAV's recipe.
+Stock FFCV crops and flips alone: it has neither hue nor grey nor blur. `ratio_ffcv` compares it with ours doing no
+more either; `ratio` (DataLoader on PIL images) and `ratio_tensors` have SwAV's recipe on both sides. The last line is
+one JSON object: samples (8 crops) a second, ratios as medians over the rounds and their ranges, `limit` our crops and
+flips as a share of decoding every image once and nothing more, `limit_swav` those with SwAV's recipe.
 """
 import json
 import os

@@ -54,12 +54,12 @@ class PILBlur:
 
 
 def transform(recipe, module, blur='pil'):
-    """A recipe in torchvision: module v1 on PIL images, to a tensor at last, or v2 on tensors. blur: pil | torchvision"""
-    size, sigma = recipe['size'], recipe['blur_sigma']
+    """A recipe in torchvision: module v1 on PIL images and to a tensor at last, or v2 on tensors."""
+    size, sigma, jitter = recipe['size'], recipe['blur_sigma'], module.ColorJitter(*recipe['jitter'])
     blur = PILBlur(sigma) if module is v1 and blur == 'pil' else module.GaussianBlur(int(0.1 * size) | 1, sigma)
     steps = [(1, module.RandomResizedCrop(size, scale=recipe['crop_scale'])),
              (recipe['flip'], module.RandomHorizontalFlip(recipe['flip'])),
-             (recipe['jitter_prob'], module.RandomApply([module.ColorJitter(*recipe['jitter'])], recipe['jitter_prob'])),
+             (recipe['jitter_prob'], module.RandomApply([jitter], recipe['jitter_prob'])),
              (recipe['gray_prob'], module.RandomGrayscale(recipe['gray_prob'])),
              (recipe['blur_prob'], module.RandomApply([blur], recipe['blur_prob'])),
              (recipe['solarize_prob'], module.RandomSolarize(128, recipe['solarize_prob']))]
