@@ -256,6 +256,13 @@ def _taps(n_in, n_out, first, count):
     return start, weight
 
 
+@njit(inline='always', **JIT)
+def _across(pixels, start, weights, taps, size, flip, to):
+    for o in range(size):
+        x = size - 1 - o if flip else o
+        _weigh(pixels + 3 * start[x], weights + 4 * x * taps, taps, to + 3 * o)
+
+
 @njit(**JIT)
 def _resize(image, width, top, left, h, w, full_h, full_w, size, flip, rows, p):
     """Resize the box (top, left, h, w) of an interleaved image (flat uint8, `width` pixels a row) to (full_h, full_w)
@@ -274,9 +281,14 @@ def _resize(image, width, top, left, h, w, full_h, full_w, size, flip, rows, p):
             for i in range(3 * w):
                 last_in[i] = image[at + i]
             pixels, to = np.int64(last_in.ctypes.data), np.int64(last_out.ctypes.data)
-        for o in range(size):
-            x = size - 1 - o if flip else o
-            _weigh(pixels + 3 * start[x], weights + 4 * x * taps, taps, to + 3 * o)
+        if taps == 2:                                    # numbers the compiler knows: no branches within
+            _across(pixels, start, weights, 2, size, flip, to)
+        elif taps == 3:
+            _across(pixels, start, weights, 3, size, flip, to)
+        elif taps == 4:
+            _across(pixels, start, weights, 4, size, flip, to)
+        else:
+            _across(pixels, start, weights, taps, size, flip, to)
     for i in range(line):
         rows[(y1 - 1 - y0) * line + i] = last_out[i]
     sums, levels = np.empty(line, np.int32), last_out
@@ -327,7 +339,9 @@ def _contrast(p, factor):
 def _saturation(p, factor):
     r, g, b, factor = p[0], p[1], p[2], np.float32(factor)
     for i in range(r.size):
-        grey = np.float32(_luma(r[i], g[i], b[i]))
+        # _luma, faster where floats are needed anyway, and exact: every sum is below 2**24
+        grey = F32(r[i]) * F32(19595) + F32(g[i]) * F32(38470) + F32(b[i]) * F32(7471) + F32(0x8000)
+        grey = F32(np.int32(grey * F32(1 / 65536)))
         r[i], g[i], b[i] = _blend(grey, r[i], factor), _blend(grey, g[i], factor), _blend(grey, b[i], factor)
 
 
