@@ -16,11 +16,13 @@ import math
 import os
 import tempfile
 from contextlib import suppress
+from functools import reduce
 
 import numba
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from config import Fail, check_keys
@@ -43,6 +45,7 @@ if not cacheable():                                      # a read-only installat
         if os.lstat(folder).st_uid == os.getuid():       # of others we run no code
             numba.config.CACHE_DIR = folder
 JIT = dict(cache=cacheable(), nogil=True, error_model='numpy')
+F32 = np.float32
 IMAGE, VIEW = 0, 1                                       # the two sources of a sample
 SHORT_READ, BAD_JPEG = 1, 2                              # what can go wrong with a sample while reading
 # columns of a recipe row and of the parameters drawn from it
@@ -69,6 +72,40 @@ def _c(typingctx, address, args):
         function = ir.FunctionType(word, [word] * len(words)).as_pointer()
         return builder.call(builder.inttoptr(values[0], function), words)
     return types.int64(types.int64, types.UniTuple(types.int64, len(args))), codegen
+
+
+@intrinsic
+def _weigh(typingctx, pixels, weights, n, out):
+    """Write the sum of n pixels (3 bytes each), each times its weight (int32, in units of 2**-22), to `out`: all three
+    channels in one vector instruction, of which numba makes nine. All are addresses; reads and writes a byte more."""
+    def codegen(context, builder, signature, values):
+        byte, word, long, four = ir.IntType(8), ir.IntType(32), ir.IntType(64), lambda kind: ir.VectorType(kind, 4)
+        pixels, weights, n, out = values
+        pixels, out = builder.inttoptr(pixels, byte.as_pointer()), builder.inttoptr(out, four(byte).as_pointer())
+        weights, half = builder.inttoptr(weights, word.as_pointer()), ir.Constant(four(word), [1 << 21] * 4)
+
+        def add(total, j):
+            at = builder.gep(pixels, [builder.mul(j, long(3))])
+            pixel = builder.zext(builder.load(builder.bitcast(at, four(byte).as_pointer()), align=1), four(word))
+            weight = builder.insert_element(four(word)(ir.Undefined), builder.load(builder.gep(weights, [j])), word(0))
+            weight = builder.shuffle_vector(weight, weight, four(word)([0] * 4))
+            return builder.add(total, builder.mul(pixel, weight))
+
+        total = cgutils.alloca_once(builder, four(word))
+        few = builder.icmp_unsigned('<=', n, long(4))
+        with builder.if_else(few) as (then, otherwise):
+            with then:                                   # a loop would cost more than it does
+                for several in (1, 2, 3, 4):
+                    with builder.if_then(builder.icmp_unsigned('==', n, long(several))):
+                        builder.store(reduce(add, map(long, range(several)), half), total)
+            with otherwise:
+                builder.store(half, total)
+                with cgutils.for_range(builder, n) as loop:
+                    builder.store(add(builder.load(total), loop.index), total)
+        levels = builder.trunc(builder.lshr(builder.load(total), four(word)([22] * 4)), four(byte))
+        builder.store(levels, out, align=1)
+        return context.get_dummy_value()
+    return types.void(types.int64, types.int64, types.int64, types.int64), codegen
 
 
 @njit(**JIT)
@@ -196,25 +233,34 @@ def sources_of_views(seed, keys, alpha, swap, views):
 
 @njit(**JIT)
 def _taps(n_in, n_out, first, count):
-    """Pillow's antialiased bilinear filter, n_in -> n_out, for the outputs first..first+count: where each starts, how
-    many inputs it reads and their weights in 2**-22. Upscaling is plain bilinear."""
+    """Pillow's antialiased bilinear filter, n_in -> n_out, for the outputs first..first+count: where each starts and
+    the weights in 2**-22 of the inputs it reads, of all the same number (branches on it would not be foreseen).
+    Upscaling is plain bilinear."""
     scale = n_in / n_out
     support = max(scale, 1.0)
     start, number = np.empty(count, np.int64), np.empty(count, np.int64)
-    weight = np.zeros((count, int(math.ceil(support)) * 2 + 1), np.int32)
-    share = np.empty(weight.shape[1])
     for i in range(count):
         centre = (first + i + 0.5) * scale
-        lo = max(int(centre - support + 0.5), 0)
-        n = min(int(centre + support + 0.5), n_in) - lo
-        total = 0.0
-        for j in range(n):
+        start[i] = max(int(centre - support + 0.5), 0)
+        number[i] = min(int(centre + support + 0.5), n_in) - start[i]
+    most = number.max()
+    weight, share = np.zeros((count, most), np.int32), np.empty(most)
+    for i in range(count):
+        centre, total, lo = (first + i + 0.5) * scale, 0.0, start[i]
+        for j in range(number[i]):
             share[j] = max(0.0, 1 - abs(j + lo - centre + 0.5) * (1 / support))
             total += share[j]
-        for j in range(n):
-            weight[i, j] = int(0.5 + share[j] / total * (1 << 22))
-        start[i], number[i] = lo, n
-    return start, number, weight
+        start[i] = min(lo, n_in - most)
+        for j in range(number[i]):
+            weight[i, j + lo - start[i]] = int(0.5 + share[j] / total * (1 << 22))
+    return start, weight
+
+
+@njit(inline='always', **JIT)
+def _across(pixels, start, weights, taps, size, flip, to):
+    for o in range(size):
+        x = size - 1 - o if flip else o
+        _weigh(pixels + 3 * start[x], weights + 4 * x * taps, taps, to + 3 * o)
 
 
 @njit(**JIT)
@@ -223,40 +269,41 @@ def _resize(image, width, top, left, h, w, full_h, full_w, size, flip, rows, p):
     and put its central size x size window into p (3, size * size); rows is scratch. Equal to Pillow's bilinear resize
     in the order of Pillow up to 12, across and then down; Pillow 13 swaps some shapes, which is one level at most."""
     oy, ox = int(round((full_h - size) / 2.0)), int(round((full_w - size) / 2.0))
-    start, number, weight = _taps(w, full_w, ox, size)
-    ystart, ynumber, yweight = _taps(h, full_h, oy, size)
-    y0, y1 = ystart[0], ystart[size - 1] + ynumber[size - 1]
-    line = 3 * size
+    start, weight = _taps(w, full_w, ox, size)
+    ystart, yweight = _taps(h, full_h, oy, size)
+    y0, y1, line = ystart[0], ystart[size - 1] + yweight.shape[1], 3 * size
+    last_in, last_out = np.empty(3 * w + 1, np.uint8), np.empty(line + 1, np.uint8)      # room for the byte too many
     for y in range(y0, y1):
         at = ((top + y) * width + left) * 3
-        source = image[at:at + 3 * w]
-        out = rows[(y - y0) * line:(y - y0 + 1) * line]
-        for x in range(size):
-            r = g = b = np.int32(1 << 21)
-            q = np.uint64(3 * start[x])
-            wx = weight[x]
-            for j in range(number[x]):
-                k = wx[j]
-                r += k * np.int32(source[q])
-                g += k * np.int32(source[q + np.uint64(1)])
-                b += k * np.int32(source[q + np.uint64(2)])
-                q += np.uint64(3)
-            o = size - 1 - x if flip else x
-            out[o] = np.uint8(r >> 22)
-            out[size + o] = np.uint8(g >> 22)
-            out[2 * size + o] = np.uint8(b >> 22)
-    sums = np.empty(line, np.int32)
+        pixels, to = np.int64(image.ctypes.data) + at, np.int64(rows.ctypes.data) + (y - y0) * line
+        weights, taps = np.int64(weight.ctypes.data), weight.shape[1]    # in the loop: numba frees what is used no more
+        if y == y1 - 1:
+            for i in range(3 * w):
+                last_in[i] = image[at + i]
+            pixels, to = np.int64(last_in.ctypes.data), np.int64(last_out.ctypes.data)
+        if taps == 2:                                    # numbers the compiler knows: no branches within
+            _across(pixels, start, weights, 2, size, flip, to)
+        elif taps == 3:
+            _across(pixels, start, weights, 3, size, flip, to)
+        elif taps == 4:
+            _across(pixels, start, weights, 4, size, flip, to)
+        else:
+            _across(pixels, start, weights, taps, size, flip, to)
+    for i in range(line):
+        rows[(y1 - 1 - y0) * line + i] = last_out[i]
+    sums, levels = np.empty(line, np.int32), last_out
     for y in range(size):
         sums[:] = 1 << 21
-        for j in range(ynumber[y]):
+        for j in range(yweight.shape[1]):
             at = (ystart[y] - y0 + j) * line
             source, k = rows[at:at + line], yweight[y, j]
             for i in range(line):
                 sums[i] += k * np.int32(source[i])
-        for c in range(3):
-            out, part = p[c, y * size:(y + 1) * size], sums[c * size:(c + 1) * size]
-            for i in range(size):
-                out[i] = np.uint8(part[i] >> 22)
+        for i in range(line):
+            levels[i] = np.uint8(sums[i] >> 22)
+        r, g, b = p[0, y * size:(y + 1) * size], p[1, y * size:(y + 1) * size], p[2, y * size:(y + 1) * size]
+        for i in range(size):
+            r[i], g[i], b[i] = levels[3 * i], levels[3 * i + 1], levels[3 * i + 2]
 
 
 @njit(**JIT)
@@ -292,35 +339,36 @@ def _contrast(p, factor):
 def _saturation(p, factor):
     r, g, b, factor = p[0], p[1], p[2], np.float32(factor)
     for i in range(r.size):
-        grey = np.float32(_luma(r[i], g[i], b[i]))
+        # _luma, faster where floats are needed anyway, and exact: every sum is below 2**24
+        grey = F32(r[i]) * F32(19595) + F32(g[i]) * F32(38470) + F32(b[i]) * F32(7471) + F32(0x8000)
+        grey = F32(np.int32(grey * F32(1 / 65536)))
         r[i], g[i], b[i] = _blend(grey, r[i], factor), _blend(grey, g[i], factor), _blend(grey, b[i], factor)
 
 
 @njit(**JIT)
 def _hue(p, factor):
-    """Shift the hue by factor * 255 of 256 steps through 8-bit HSV: equal to PIL for every colour, which is why the
-    hue is computed in float64 and rounded to float32 on the way."""
-    shift = np.int32(int(factor * 255) & 255)
+    """Shift the hue by factor * 255 of 256 steps through 8-bit HSV: equal to PIL for every colour, in float32 alone (8
+    pixels at a time where float64 has 4, and no branches)."""
+    shift, zero, half, one, full = np.int32(int(factor * 255) & 255), F32(0), F32(0.5), F32(1), F32(255)
     red, green, blue = p[0], p[1], p[2]
     for i in range(red.size):
-        r, g, b = np.int32(red[i]), np.int32(green[i]), np.int32(blue[i])
+        r, g, b = F32(red[i]), F32(green[i]), F32(blue[i])
         high, low = max(r, max(g, b)), min(r, min(g, b))
-        after, sector = (b, 0.0) if r == high else ((r, 2.0) if g == high else (g, 4.0))
-        middle = np.float64(np.float32(2 * high + low - r - g - b) / np.float32(max(high - low, np.int32(1))))
-        h = np.float64(np.float32(sector + (1 - middle) if after == low else sector + (middle - 1))) * (1 / 6) + 1
-        h = np.float32(h - 1 if h >= 1 else h)
-        s = np.int32(np.float32(high - low) / np.float32(max(high, np.int32(1))) * np.float32(255))
-        h6 = np.int32(6) * ((np.int32(h * np.float32(255)) + shift) & np.int32(255))
-        k = (h6 * np.int32(257) + np.int32(257)) >> np.int32(16)         # h6 // 255
-        f = h6 - k * np.int32(255)
-        # the textbook's p, q, t: v (1 - s), v (1 - s f), v (1 - s (1 - f)), rounded; s and f count 1/255
-        v, step = np.float32(high), np.float32(1 / 65025) * np.float32(high)
-        m = np.int32(v - step * np.float32(s * np.int32(255)) + np.float32(0.5))
-        q = np.int32(v - step * np.float32(s * f) + np.float32(0.5))
-        t = np.int32(v - step * np.float32(s * (np.int32(255) - f)) + np.float32(0.5))
-        red[i] = np.uint8(high if k == 0 or k >= 5 else (q if k == 1 else (t if k == 4 else m)))
-        green[i] = np.uint8(high if k == 1 or k == 2 else (t if k == 0 or k == 6 else (q if k == 3 else m)))
-        blue[i] = np.uint8(high if k == 3 or k == 4 else (t if k == 2 else (q if k == 5 else m)))
+        after, sector = (b, zero) if r == high else ((r, F32(2)) if g == high else (g, F32(4)))
+        middle = (high + high + low - r - g - b) / max(high - low, one)
+        h = (sector + one - middle if after == low else sector - one + middle) / F32(6)
+        h = h + one if h < zero else h
+        s = F32(np.int32((high - low) / max(high, one) * full))
+        h6 = F32(np.int32(6) * ((np.int32(h * full) + shift) & np.int32(255)))
+        # the textbook's p, q, t: v (1 - s), v (1 - s f), v (1 - s (1 - f)), rounded; s and f count 1/255. A channel
+        # is v near its own hue, v (1 - s) far from it and goes linearly in between
+        step, v = F32(1 / 65025) * high, high
+        m = min(max(F32(510) - abs(h6 - F32(765)), zero), full)
+        q = min(max(abs(h6 - F32(510)) - full, zero), full)
+        t = min(max(abs(h6 - F32(1020)) - full, zero), full)
+        red[i] = np.uint8(np.int32(v - step * (s * m) + half))
+        green[i] = np.uint8(np.int32(v - step * (s * q) + half))
+        blue[i] = np.uint8(np.int32(v - step * (s * t) + half))
 
 
 @njit(**JIT)
@@ -369,9 +417,9 @@ def _blur(p, size, sigma, scratch):
                     out[i] += w * (left[i] + right[i])
         for k in range(1, radius + 1):
             a, b = (radius - k) * size, (radius + k) * size
-            scratch[a:a + size] = scratch[b:b + size]
-            a, b = (radius + size - 1 + k) * size, (radius + size - 1 - k) * size
-            scratch[a:a + size] = scratch[b:b + size]
+            c, d = (radius + size - 1 + k) * size, (radius + size - 1 - k) * size
+            for i in range(size):                        # numba copies slices slowly
+                scratch[a + i], scratch[c + i] = scratch[b + i], scratch[d + i]
         for y in range(size):
             middle = scratch[(y + radius) * size:(y + radius + 1) * size]
             for i in range(size):
