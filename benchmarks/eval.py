@@ -1,6 +1,6 @@
 """What evaluation costs beside the network: features, kNN, the linear probe, and several probes in one pass.
 
-    python benchmarks/eval.py                            # about 4 minutes on two cores
+    python benchmarks/eval.py                            # minutes on two cores
     python benchmarks/eval.py train=5000 test=1000 images=256 rounds=1
 
 Probes run as linear_eval.py runs them, on made features of `train` images (ResNet-18: 512 numbers, 10 classes, batch

@@ -1,15 +1,15 @@
 """Does anything grow faster than the number of images? The bookkeeping of loader, stage 1 and stage 2 on 1,000 to
 1,000,000 images, with tiny ones and networks that compute nothing, and the loader's memory over 50 epochs.
 
-    python benchmarks/scale.py                                     # about 4 minutes, 1 GB in a temporary folder
+    python benchmarks/scale.py                                     # minutes; `folder` needs under 1 GB
     python benchmarks/scale.py sizes=1000,10000 epochs=5
 
 Every size is a fresh process; `first` counts from its start, imports included. The loader reads pairs of 4 px, stored
 raw; opening is timed with the checksum of every byte (once a file) and without (afterwards). Stage 1 is measured with
 16 tokens an image, stage 2 with views of 4 px; both are run as users run them, once more when all chunks are there
-(resuming), and stage 2 with verify=true. Stages end at `stage_limit` images: what they do beyond is the same chunk
-after chunk; `resume` goes on, on empty chunks. The last line is one JSON object: seconds, microseconds an image and
-bytes an image by size, and `ratio`: of the worst part, time per image at the two largest sizes, smaller / larger.
+(resuming), and stage 2 with verify=true. Stages end at `stage_limit` images; larger ones take minutes. The memory over
+`epochs` epochs is taken at the second size. The last line is one JSON object: seconds and bytes an image by size, and
+`ratio`: of the part that grows fastest, time per image at its two largest sizes, smaller / larger.
 """
 import json
 import os
