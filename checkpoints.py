@@ -14,14 +14,13 @@ from contextlib import suppress
 from itertools import combinations
 from pathlib import Path
 
-import timm
 import torch
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from config import Fail
 from files import load_checkpoint, save_checkpoint, save_json
-from models import BLOCKS, VITS, ViT, build_backbone, describe
+from models import BLOCKS, VITS, build_backbone, describe
 
 NORMALIZATIONS = {'clip': ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
                   'imagenet': ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -174,6 +173,7 @@ def _guess_vit(state, named, heads, origin, where):
     if named not in (None, TIMM_VITS[width]):
         raise Fail(f'{where}: a ViT of width {width}, not a {named}')
     if heads is None and named is None and width == VITS['vit_small']:
+        from vit import ViT
         fixed = ViT('vit_small', patch, size).pos_embed
         if origin != 'MoCo v3' and not torch.allclose(fixed, state['pos_embed'].float(), atol=0.01):
             raise Fail(f'{where}: this ViT-S has 6 heads (timm, DeiT, DINO) or 12 (MoCo v3), which the file does not '
@@ -196,6 +196,7 @@ def _build(info):
         if stem.endswith('(lightly)'):
             module.relu = nn.Identity()
         return module, describe(info)[1]
+    import timm  # takes as long as torch
     if not timm.is_model(arch):
         near = difflib.get_close_matches(arch, timm.list_models(), 1)
         raise Fail(f"backbone.arch: timm has no '{arch}'" + (f"; did you mean '{near[0]}'?" if near else ''))
@@ -255,8 +256,10 @@ def load_backbone(path, arch=None, heads=None, prefix=None):
     keys, info = ('arch', 'stem', 'width', 'patch_size', 'heads', 'mean', 'std', 'image_size'), _known(content, path)
     info, ours = dict.fromkeys(keys) | {k: info[k] for k in keys if k in info}, bool(info)
     if not ours:
-        named = content.get('arch')  # timm's training script writes it
-        named = arch or (named if isinstance(named, str) and timm.is_model(named) else None)
+        named = arch or content.get('arch')  # timm's training script writes it
+        if not arch and named is not None:
+            import timm
+            named = named if isinstance(named, str) and timm.is_model(named) else None
         info['arch'] = None if named in (*BLOCKS, *VITS) else named
     layouts, vits = LAYOUTS, TIMM_VITS.values()
     if info['arch'] and info['arch'] not in (*BLOCKS, *VITS, *vits):

@@ -1,6 +1,5 @@
-"""What every stage needs and nothing else: its start and end, processes, stop signal, resuming, log."""
+"""What every stage needs and nothing else: processes, stop signal, resuming, log; its start and end are in start.py."""
 import ctypes
-import errno
 import fcntl
 import json
 import os
@@ -20,90 +19,13 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from config import Fail, changed_keys, load_config
+from config import Fail, changed_keys
 from files import atomic, load_checkpoint, load_json, lock, save_json
-
-
-def run(stage, defaults, nullable=()):
-    """Entry point of a script: config, then stage(config); what the user can mend is one line and exit code 2."""
-    open_streams()
-    try:
-        stage(load_config(defaults, sys.argv[1:], nullable))
-    except (Fail, OSError, RuntimeError) as error:
-        if isinstance(error, OSError):
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):  # met by the log; the rest is atomic()
-                error = f'{error.strerror}: make room, and the same command goes on'
-            elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR) \
-                    and error.filename:
-                error = f'{error.filename}: {error.strerror}: mend that, or name another in the YAML'
-            else:
-                raise
-        elif isinstance(error, RuntimeError):
-            if not re.search(LOST_WORKER, str(error)):
-                raise
-            error = (f"a process that decodes images is lost ({str(error).strip().splitlines()[-1][:120]}): memory or "
-                     '/dev/shm is too small; set num_workers=0, or give a container more (docker run --shm-size=8g)')
-        say(f'{Path(sys.argv[0]).name}: {error}', sys.stderr)
-        os._exit(2) if dist.is_initialized() else sys.exit(2)  # the other ranks may wait in a collective
-    except KeyboardInterrupt:
-        sys.exit(130)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-LOST_WORKER = (r'DataLoader worker \(pid.*(killed|exited)|[Pp]in memory thread exited|'
-               r'(allocate shared memory|shm|mmap|resize).*(No space left|Cannot allocate)')
-
-
-def open_streams():
-    """Names of files may hold what the terminal's encoding cannot print; a closed standard stream gets a stand-in, or
-    the next file to be opened would take its number, and what a library prints would land in it."""
-    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
-        os.set_inheritable(number, True)
-    os.close(number)
-    for name in ('stdout', 'stderr'):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, 'w'))
-        with suppress(AttributeError):  # a notebook's or a test's own
-            getattr(sys, name).reconfigure(errors='backslashreplace')
-
-
-def say(line, stream=None):
-    """Print, but to nobody where nobody listens any more (`| head`, a terminal that is gone, a full disk)."""
-    stream = stream or sys.stdout
-    try:
-        print(line, file=stream, flush=True)
-    except OSError:
-        with suppress(OSError):  # what is left in the buffer would fail again, at the latest at the exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+from start import ranks, run, say  # noqa: F401
 
 
 # ---------------------------------------------------------------------------------------------------
 # Processes
-
-def ranks():
-    """(rank, world, local rank) of this process: as torchrun says, in all of its variables, or alone."""
-    names = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')
-    given = {name: os.environ[name] for name in names if os.environ.get(name)}
-    if not {'RANK', 'WORLD_SIZE', 'LOCAL_RANK'} & set(given):  # an address alone may be left from a job's script
-        return 0, 1, 0
-    if len(given) < len(names):
-        absent = ', '.join(name for name in names if name not in given)
-        raise Fail(f"{', '.join(given)} set in the environment, but not {absent}: start several processes with "
-                   'torchrun, which sets them all'
-                   + ' (srun starts torchrun once a node, as in slurm/pretrain.sbatch)' * ('SLURM_PROCID' in os.environ)
-                   + ', or unset them for a single one')
-    for name in names:
-        if name != 'MASTER_ADDR' and not given[name].strip().isdecimal():
-            raise Fail(f'{name}={given[name]} in the environment is not a number: torchrun sets it; unset it, with '
-                       f"{', '.join(n for n in names if n != name)}, for a single process")
-    rank, world, local_rank = (int(given[name]) for name in names[:3])
-    if rank >= world:
-        raise Fail(f'RANK={rank} in the environment must be below WORLD_SIZE={world}: torchrun sets both; unset them '
-                   'for a single process')
-    return rank, world, local_rank
-
 
 class Processes:
     """rank, local_rank, world and device of this process; a process group exists under torchrun (and with group)."""

@@ -27,29 +27,8 @@ from functools import lru_cache
 from pathlib import Path
 from xml.etree import ElementTree
 
-import numpy as np
-import torch
-import torch.distributed as dist
-from PIL import Image
-from pycocotools import mask as rle
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
-from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.data import DataLoader, Dataset
-from torchvision import tv_tensors
-from torchvision.datasets import VOCDetection
-from torchvision.models.detection import FasterRCNN, MaskRCNN, anchor_utils, backbone_utils, faster_rcnn, mask_rcnn
-from torchvision.ops import MultiScaleRoIAlign
-from torchvision.transforms import v2
-from tqdm import tqdm
-
-from checkpoints import digest, load_backbone, normalization
-from common import Log, Processes, StopSignal, answered, earlier, precision_dtype, run, seed_everything
 from config import Fail, check_values, run_folder
-from files import damage, save_checkpoint, save_json
-from models import BLOCKS, average_running_statistics, distributed, global_mean, synchronize_batch_norm
-from pictures import curves
+from start import run
 
 DEFAULTS = """
 checkpoint: !text null  # backbone.pt of pretrain.py, or another ResNet that checkpoints.load_backbone knows
@@ -96,16 +75,43 @@ ALLOWED = {
     'batch_size': (1, 10 ** 5), 'iterations': (1, 10 ** 9), 'lr': (1e-30, 1000.0), 'steps': (1, 10 ** 9),
     'warmup': (0, 10 ** 9), 'momentum': (0.0, 0.9999), 'weight_decay': (0.0, 0.999), 'log_every': (1, 10 ** 9),
     'save_every': (1, 10 ** 9)}
-VOC_CLASSES = ('aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person '
-               'pottedplant sheep sofa train tvmonitor').split()
 
 
-def check(config, world):
+def check(config, world=1):
     check_values(config, ALLOWED)
     if len(config['anchors']) != 5 and config['detector'] != 'faster_rcnn_c4' or not config['train_sizes']:
         raise Fail('anchors, train_sizes: an FPN needs 5 anchors, one for each level, and there must be a size')
     if config['batch_size'] % world:
         raise Fail(f"batch_size: {config['batch_size']} (of all processes) is not a multiple of the {world} processes")
+
+
+if __name__ == '__main__':  # a mistake in the YAML is answered before the imports below take seconds
+    run(check, DEFAULTS)
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from pycocotools import mask as rle
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets import VOCDetection
+from torchvision.models.detection import FasterRCNN, MaskRCNN, anchor_utils, backbone_utils, faster_rcnn, mask_rcnn
+from torchvision.ops import MultiScaleRoIAlign
+from torchvision.transforms.functional import pil_to_tensor
+from tqdm import tqdm
+
+from checkpoints import digest, load_backbone, normalization
+from common import Log, Processes, StopSignal, answered, earlier, precision_dtype, seed_everything
+from files import damage, save_checkpoint, save_json
+from models import BLOCKS, average_running_statistics, distributed, global_mean, synchronize_batch_norm
+from pictures import curves
+
+VOC_CLASSES = ('aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person '
+               'pottedplant sheep sofa train tvmonitor').split()
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -239,6 +245,7 @@ class Images(Dataset):
     lies as JSON in one array that worker processes share; Python objects would be copied into each."""
 
     def __init__(self, index, folder, labels, masks, seed=None):
+        from torchvision.transforms import v2  # imports torch's compiler, as long as torch itself
         self.seed, self.flip, records = seed, v2.Compose([v2.RandomHorizontalFlip(0.5), v2.ToPureTensor()]), []
         missing, listed = [], lru_cache(None)(lambda path: set(os.listdir(path) if os.path.isdir(path) else ()))
         for number, image in sorted(index.imgs.items()):
@@ -263,13 +270,14 @@ class Images(Dataset):
         number, path, size, found = json.loads(self.content[self.ends[key[1]]:self.ends[key[1] + 1]].tobytes())
         try:
             with Image.open(path) as file:
-                image = v2.functional.pil_to_tensor(file.convert('RGB'))
+                image = pil_to_tensor(file.convert('RGB'))
         except Exception as error:  # PIL raises nearly everything on a damaged file
             return f'{path}: cannot be read: {" ".join(str(error).split())}'
         if list(image.shape[1:]) != size:
             return f'{path}: has {tuple(image.shape[1:])} pixels, its annotations are for {tuple(size)} (height, width)'
         if self.seed is None:
             return image, number
+        from torchvision import tv_tensors  # imports torch's compiler
         boxes, labels, masks = zip(*found)
         target = {'boxes': tv_tensors.BoundingBoxes(boxes, dtype=torch.float32, format='XYXY', canvas_size=tuple(size)),
                   'labels': torch.tensor(labels)}

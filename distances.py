@@ -2,7 +2,7 @@
 network whose features make that distance FID. All distances are counted in float64.
 
     ssim(originals, views)                        # uint8 (B, 3, S, S) each -> (B,)
-    distance = Frechet(2048, device)              # a torchmetrics metric: sums over processes by itself
+    distance = Frechet(2048, device)
     distance.add(network(originals), network(views))
     float(distance.compute())
 """
@@ -12,8 +12,6 @@ import zipfile
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchmetrics.functional.image import structural_similarity_index_measure
-from torchmetrics.image.fid import FrechetInceptionDistance
 from torchvision.models import Inception3
 from torchvision.models.inception import BasicConv2d
 
@@ -28,27 +26,31 @@ def ssim(first, second):
     """Structural similarity (Wang et al. 2004) of images in pairs: Gaussian window of 11 px, sigma 1.5, mean over the
     three colours and all places that hold a whole window (torchmetrics' own mean takes those beyond the border too).
     first, second: uint8 (B, 3, H, W), at least 11 px a side -> float64 (B,), 1 for the same."""
+    from torchmetrics.functional.image import structural_similarity_index_measure  # takes longer to import than torch
     _, every = structural_similarity_index_measure(first.double(), second.double(), data_range=255.0, reduction='none',
                                                    return_full_image=True)
     return every[..., 5:-5, 5:-5].mean((1, 2, 3))
 
 
-class Frechet(FrechetInceptionDistance):
+class Frechet:
     """Fréchet distance of two sets of features, each taken as normally distributed: |m1 - m2|^2 + tr(C1 + C2 -
     2 (C1 C2)^(1/2)) (Heusel et al. 2017). It needs two rows of each at least, and is biased upwards where these are not
-    many more than the width."""
+    many more than the width. torchmetrics' sums over processes by itself."""
 
     def __init__(self, width, device):
+        from torchmetrics.image.fid import FrechetInceptionDistance  # takes longer to import than torch
         features = nn.Identity()                         # what is added are features already
         features.num_features = width
-        super().__init__(features)
-        self.to(device)
+        self.metric, self.device = FrechetInceptionDistance(features).to(device), device
         self.add(*torch.empty(2, 0, width))              # a process without images computes too
 
     def add(self, originals, views):
         """originals, views: features (B, width)."""
-        self.update(originals.to(self.device, torch.double), real=True)
-        self.update(views.to(self.device, torch.double), real=False)
+        self.metric.update(originals.to(self.device, torch.double), real=True)
+        self.metric.update(views.to(self.device, torch.double), real=False)
+
+    def compute(self):
+        return self.metric.compute()
 
 
 class FidInception(Inception3):

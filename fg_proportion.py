@@ -34,18 +34,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
-import torch
-import yaml
-from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import Compose, PILToTensor
-from tqdm import tqdm
-
-from common import Log, Processes, StopSignal, precision_dtype, ranks, run, say, shard
 from config import Fail, changed_keys, check_values, run_folder
-from files import atomic, load_arrays, unreadable
-from pictures import grid, harmless, histograms, overlay
-from sources import same_images, source_dataset
+from start import ranks, run, say
 
 DEFAULTS = """
 output: runs/fg_proportion  # run folder
@@ -73,6 +63,31 @@ device: auto                # auto | cpu | cuda
 seed: 0                     # which images are the random ones
 """
 FREE = ('output', 'dataset.download', 'batch_size', 'num_workers', 'shard', 'device')  # may differ on resuming
+ALLOWED = {
+    'output': 'folder', 'root': 'folder', 'split': ['train', 'test', 'val'], 'subset': (1, 10 ** 10),
+    'image_size': (1, 4096), 'pca_images': (1, 10 ** 10), 'sign': [1, -1], 'foreground_share': (0.001, 0.999),
+    'batch_size': (1, 10 ** 5), 'chunk': (1, 10 ** 10), 'num_workers': (0, 1024), 'seed': (0, 10 ** 12)}
+
+
+def check(config):
+    check_values(config, ALLOWED)
+    if config['pca'] is not None and not Path(config['pca']).is_file():
+        raise Fail(f"pca: {config['pca']}: no such file")
+
+
+if __name__ == '__main__':  # a mistake in the YAML is answered before the imports below take seconds
+    run(check, DEFAULTS)
+
+import numpy as np
+import torch
+import yaml
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from common import Log, Processes, StopSignal, precision_dtype, shard
+from files import atomic, load_arrays, unreadable
+from pictures import grid, harmless, histograms, overlay
+from sources import same_images, source_dataset
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -161,6 +176,7 @@ class Images(Dataset):
     def __init__(self, source, clip):
         # all of open_clip's preparation but its last two steps, ToTensor and Normalize: bytes are a quarter of the work
         # for the decoding processes and of the memory that they share with this one
+        from torchvision.transforms import Compose, PILToTensor
         self.source, self.size = source, clip.image_size
         self.prepare = Compose([*clip.preprocess.transforms[:-2], PILToTensor()])
 
@@ -294,18 +310,6 @@ def draw(folder, sweep, indices, pc, projection, threshold, proportion, level):
 
 
 # ---------------------------------------------------------------------------------------------------
-
-ALLOWED = {
-    'output': 'folder', 'root': 'folder', 'split': ['train', 'test', 'val'], 'subset': (1, 10 ** 10),
-    'image_size': (1, 4096), 'pca_images': (1, 10 ** 10), 'sign': [1, -1], 'foreground_share': (0.001, 0.999),
-    'batch_size': (1, 10 ** 5), 'chunk': (1, 10 ** 10), 'num_workers': (0, 1024), 'seed': (0, 10 ** 12)}
-
-
-def check(config):
-    check_values(config, ALLOWED)
-    if config['pca'] is not None and not Path(config['pca']).is_file():
-        raise Fail(f"pca: {config['pca']}: no such file")
-
 
 def main(config):
     check(config)

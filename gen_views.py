@@ -37,18 +37,8 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-import torch
-from PIL import Image
-from tqdm import tqdm
-
-from chunks import ForeignViews, StoredViews, bad, defects_of, encode_view, view_names, write_chunk
-from common import Log, Processes, StopSignal, run, say, shard
 from config import Fail, changed_keys, check_values, few, run_folder
-from files import atomic, load_arrays, load_json, save_json, weights_checksum
-from data import BeingWritten, open_beton, write_beton
-from pictures import grid, harmless
-from sources import Source, same_images, shrink, source_dataset
+from start import run, say
 
 DEFAULTS = """
 output: ''                # run folder
@@ -135,6 +125,78 @@ UNREADABLE = 'source image cannot be read'
 # keys of `generator` that the views of a kind do not depend on; the first kind is known by having none in its settings
 UNSEEN = {'unclip': {'kind', 'noise', 'mask'}, 'icgan': {'fallbacks', 'steps', 'guidance_scale', 'precision', 'mask'},
           'maskgit': {'fallbacks', 'steps', 'guidance_scale', 'condition', 'noise', 'vae_slicing', 'compile'}}
+ALLOWED = {
+    'output': 'folder', 'name': 'dataset', 'root': 'folder', 'split': ['train', 'test', 'val'], 'subset': (1, 10 ** 10),
+    'source': ['generator', 'folder'], 'strategy': ['adaptive', 'constant', 'random', 'retrieval', 'latent', 'none'],
+    'generator.kind': list(UNSEEN), 'label': (0, 10 ** 6), 'keep_border': (0, 1000), 'share': (0.0, 1.0),
+    'decoder': ['official', 'port'], 'temperature': (0.0, 1000.0), 'sharpness': (0.001, 1000.0),
+    'guidance': (0.0, 1000.0), 'latent.kind': ['biggan', 'stylegan2'], 'anchors': (1, 10 ** 9),
+    'truncation': (0.0, 100.0), 'psi': (0.0, 1.0), 'crop': (1, 8192), 'std': (0.0, 100.0),
+    'noise_level': (0, 999),
+    'steps': (1, 1000), 'guidance_scale': (0.0, 1000.0), 'condition': ['stored', 'pipeline'], 'seed': (0, 10 ** 12),
+    'views_per_image': (1, 90), 'batch_size': (1, 10 ** 5), 'chunk_size': (1, 10 ** 9), 'view_size': (1, 8192),
+    'view_format': ['jpg', 'png'], 'image_size': (1, 65_500), 'beton_mode': ['jpg', 'raw'], 'beton_quality': (1, 100),
+    'grid': (1, 10 ** 4), 'num_workers': (1, 1024)}
+
+
+def by_mask(config):
+    """Whether MaskGIT makes the views."""
+    return config['generator']['kind'] == 'maskgit' and config['source'] == 'generator' \
+        and config['strategy'] not in ('none', 'latent', 'retrieval')
+
+
+def check(config):
+    elsewhere, generated = config['source'] == 'folder', config['strategy'] != 'none'
+    needs = ['views_root'] if elsewhere else ['proportions', 'generator.model'] if generated else []
+    latent, absent = config['strategy'] == 'latent', []
+    if config['strategy'] == 'retrieval' and not elsewhere:
+        needs.remove('generator.model')
+    if by_mask(config):
+        needs.remove('proportions')
+        if config['strategy'] != 'adaptive':
+            raise Fail(f"strategy: {config['strategy']} chooses noise levels, and generator.kind maskgit has none; "
+                       'leave it out')
+        if config['generator']['mask']['guidance'] and not config['generator']['mask']['labels']:
+            raise Fail('generator.mask.guidance: without labels there is nothing to guide by; set it to 0')
+    if latent:
+        if elsewhere:
+            raise Fail('strategy: latent makes the views, source: folder has them; set one of the two')
+        if config['views_per_image'] > 1 and not config['latent']['chunks']:
+            raise Fail('views_per_image: strategy latent without latent.chunks makes no views; set it to 1')
+        needs, absent = ['latent.model'], ['name', 'root']
+    if 'generator.model' in needs and (config['generator']['kind'], config['generator']['condition']) == (
+            'icgan', 'pipeline'):
+        needs.append('generator.noise.extractor')
+        if not config['proportions']:
+            needs.remove('proportions')
+            if config['strategy'] != 'constant':
+                raise Fail(f"strategy: {config['strategy']} needs the noise levels of proportions; set strategy to "
+                           "constant (noise_level to 0 for IC-GAN's published files), or proportions")
+    check_values(config, {**{k: rule for k, rule in ALLOWED.items() if k not in absent},
+                          **{need: 'file' if latent or need.endswith('extractor') else 'folder' for need in needs}})
+    if elsewhere and (not generated or config['views_per_image'] > 1):
+        raise Fail('source: folder packs one view an image; set views_per_image to 1, strategy to another than none')
+    if elsewhere and config['strategy'] == 'retrieval':
+        raise Fail('strategy: retrieval chooses the views, source: folder has them; set one of the two')
+    for name in config['generator']['fallbacks']:
+        if not isinstance(name, str):
+            raise Fail(f'generator.fallbacks: {name!r} is no folder or hub id')
+
+
+if __name__ == '__main__':  # a mistake in the YAML is answered before the imports below take seconds
+    run(check, DEFAULTS)
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from chunks import ForeignViews, StoredViews, bad, defects_of, encode_view, view_names, write_chunk
+from common import Log, Processes, StopSignal, shard
+from files import atomic, load_arrays, load_json, save_json, weights_checksum
+from data import BeingWritten, open_beton, write_beton
+from pictures import grid, harmless
+from sources import Source, same_images, shrink, source_dataset
 
 
 def main(config):
@@ -253,64 +315,6 @@ def main(config):
         pack(config, beton, source, levels, views, settings, log, stop)
     except BeingWritten:
         log.write(f'{beton}: another process is packing it')
-
-
-ALLOWED = {
-    'output': 'folder', 'name': 'dataset', 'root': 'folder', 'split': ['train', 'test', 'val'], 'subset': (1, 10 ** 10),
-    'source': ['generator', 'folder'], 'strategy': ['adaptive', 'constant', 'random', 'retrieval', 'latent', 'none'],
-    'generator.kind': list(UNSEEN), 'label': (0, 10 ** 6), 'keep_border': (0, 1000), 'share': (0.0, 1.0),
-    'decoder': ['official', 'port'], 'temperature': (0.0, 1000.0), 'sharpness': (0.001, 1000.0),
-    'guidance': (0.0, 1000.0), 'latent.kind': ['biggan', 'stylegan2'], 'anchors': (1, 10 ** 9),
-    'truncation': (0.0, 100.0), 'psi': (0.0, 1.0), 'crop': (1, 8192), 'std': (0.0, 100.0),
-    'noise_level': (0, 999),
-    'steps': (1, 1000), 'guidance_scale': (0.0, 1000.0), 'condition': ['stored', 'pipeline'], 'seed': (0, 10 ** 12),
-    'views_per_image': (1, 90), 'batch_size': (1, 10 ** 5), 'chunk_size': (1, 10 ** 9), 'view_size': (1, 8192),
-    'view_format': ['jpg', 'png'], 'image_size': (1, 65_500), 'beton_mode': ['jpg', 'raw'], 'beton_quality': (1, 100),
-    'grid': (1, 10 ** 4), 'num_workers': (1, 1024)}
-
-
-def check(config):
-    elsewhere, generated = config['source'] == 'folder', config['strategy'] != 'none'
-    needs = ['views_root'] if elsewhere else ['proportions', 'generator.model'] if generated else []
-    latent, absent = config['strategy'] == 'latent', []
-    if config['strategy'] == 'retrieval' and not elsewhere:
-        needs.remove('generator.model')
-    if by_mask(config):
-        needs.remove('proportions')
-        if config['strategy'] != 'adaptive':
-            raise Fail(f"strategy: {config['strategy']} chooses noise levels, and generator.kind maskgit has none; "
-                       'leave it out')
-        if config['generator']['mask']['guidance'] and not config['generator']['mask']['labels']:
-            raise Fail('generator.mask.guidance: without labels there is nothing to guide by; set it to 0')
-    if latent:
-        if elsewhere:
-            raise Fail('strategy: latent makes the views, source: folder has them; set one of the two')
-        if config['views_per_image'] > 1 and not config['latent']['chunks']:
-            raise Fail('views_per_image: strategy latent without latent.chunks makes no views; set it to 1')
-        needs, absent = ['latent.model'], ['name', 'root']
-    if 'generator.model' in needs and (config['generator']['kind'], config['generator']['condition']) == (
-            'icgan', 'pipeline'):
-        needs.append('generator.noise.extractor')
-        if not config['proportions']:
-            needs.remove('proportions')
-            if config['strategy'] != 'constant':
-                raise Fail(f"strategy: {config['strategy']} needs the noise levels of proportions; set strategy to "
-                           "constant (noise_level to 0 for IC-GAN's published files), or proportions")
-    check_values(config, {**{k: rule for k, rule in ALLOWED.items() if k not in absent},
-                          **{need: 'file' if latent or need.endswith('extractor') else 'folder' for need in needs}})
-    if elsewhere and (not generated or config['views_per_image'] > 1):
-        raise Fail('source: folder packs one view an image; set views_per_image to 1, strategy to another than none')
-    if elsewhere and config['strategy'] == 'retrieval':
-        raise Fail('strategy: retrieval chooses the views, source: folder has them; set one of the two')
-    for name in config['generator']['fallbacks']:
-        if not isinstance(name, str):
-            raise Fail(f'generator.fallbacks: {name!r} is no folder or hub id')
-
-
-def by_mask(config):
-    """Whether MaskGIT makes the views."""
-    return config['generator']['kind'] == 'maskgit' and config['source'] == 'generator' \
-        and config['strategy'] not in ('none', 'latent', 'retrieval')
 
 
 def noise_levels(config, source):

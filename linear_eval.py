@@ -23,20 +23,8 @@ from copy import deepcopy
 from functools import partial
 from hashlib import sha256
 
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from timm.optim import Lars
-from torch import nn
-from tqdm import tqdm
-
-from augment import recipe_row
-from checkpoints import backbone_of, digest
-from common import Log, Processes, StopSignal, answered, earlier, precision_dtype, run, seed_everything
 from config import Fail, check_values, run_folder
-from files import load_checkpoint, save_checkpoint, save_json
-from data import PairLoader, check_size
-from features import Encoder, all_features, class_map, hits, knn_accuracy, labelled, percent, plain_images
+from start import run
 
 DEFAULTS = """
 checkpoint: !text null  # backbone.pt of pretrain.py, or another's file (.pth, .safetensors)
@@ -81,26 +69,48 @@ linear:                 # linear classifier (GenView section 4.1 for Table 5)
   flip: 0.5                     # probability
 tensorboard: false
 """
-
-OPTIMIZERS = {'sgd': torch.optim.SGD, 'lars': partial(Lars, trust_coeff=0.001, always_adapt=True)}
 PER_CLASS = ('OxfordIIITPet', 'Caltech101', 'Flowers102', 'FGVCAircraft')  # usual since Kornblith et al. 2019
 BOOKKEEPING = ('output', 'device', 'num_workers', 'batch', 'knn.batch', 'keep_features', 'tensorboard', 'checkpoint')
-
-
 ALLOWED = {
     'checkpoint': 'file', 'train_beton': 'file', 'test_beton': 'file', 'heads': (1, 64),
     'metric': ['top1', 'mean_per_class'], 'seed': (0, 10 ** 12), 'num_workers': (1, 1024), 'image_size': (1, 1024),
     'resize': (1, 4096), 'batch': (1, 10 ** 5), 'k': (1, 10 ** 7), 'temperature': (0.02, 100.0),
-    'optimizer': list(OPTIMIZERS), 'lr': (1e-30, 1000.0), 'more_lrs': (1e-30, 1000.0), 'milestones': (1, 10 ** 6),
+    'optimizer': ['sgd', 'lars'], 'lr': (1e-30, 1000.0), 'more_lrs': (1e-30, 1000.0), 'milestones': (1, 10 ** 6),
     'final_share': (0.0, 1.0), 'epochs': (1, 10 ** 6), 'batch_size': (1, 10 ** 6), 'momentum': (0.0, 0.9999),
     'weight_decay': (0.0, 0.999)}
 
 
-def check(config, world):
+def check(config, world=1):
+    from augment import recipe_row
     check_values(config, ALLOWED)
     if config['linear']['batch_size'] % world:
         raise Fail(f"linear.batch_size: {config['linear']['batch_size']} (of all processes together) is not a multiple "
                    f'of the {world} processes')
+    recipe_row({'size': 224, 'crop_scale': config['linear']['crop_scale'], 'flip': config['linear']['flip']}, 'linear')
+
+
+if __name__ == '__main__':  # a mistake in the YAML is answered before the imports below take seconds
+    run(check, DEFAULTS)
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from checkpoints import backbone_of, digest
+from common import Log, Processes, StopSignal, answered, earlier, precision_dtype, seed_everything
+from files import load_checkpoint, save_checkpoint, save_json
+from data import PairLoader, check_size
+from features import Encoder, all_features, class_map, hits, knn_accuracy, labelled, percent, plain_images
+
+
+def lars(groups, **settings):
+    from timm.optim import Lars  # timm takes as long to import as torch
+    return Lars(groups, trust_coeff=0.001, always_adapt=True, **settings)
+
+
+OPTIMIZERS = {'sgd': torch.optim.SGD, 'lars': lars}
 
 
 def schedule(step, steps, linear):
@@ -193,7 +203,6 @@ def main(config):
     # Data: everything is checked before anything is written or computed
     recipe = {'size': size, 'resize': config['resize'] or size, 'crop_scale': None}
     augmented = {'size': size, 'crop_scale': linear['crop_scale'], 'flip': linear['flip']}
-    recipe_row(augmented, 'linear')
     loaders = {part: labelled(config[f'{part}_beton'], recipe, processes) for part in ('train', 'test')}
     enlarged = [check_size(loader, {'image_size': size}, meant=config['image_size']) for loader in loaders.values()]
     known, sidecars = class_map(*loaders.values()), {part: loader.sidecar for part, loader in loaders.items()}

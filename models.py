@@ -11,7 +11,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
@@ -28,7 +27,7 @@ def normalize(images, mean, std):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Backbones: torchvision's ResNets with a stem for small images and a width key, timm's ViT as MoCo v3 uses it
+# Backbones: torchvision's ResNets with a stem for small images and a width key (for the ViT see vit.py)
 
 BLOCKS = {'resnet18': (BasicBlock, (2, 2, 2, 2)), 'resnet34': (BasicBlock, (3, 4, 6, 3)),
           'resnet50': (Bottleneck, (3, 4, 6, 3)), 'resnet101': (Bottleneck, (3, 4, 23, 3))}
@@ -61,35 +60,13 @@ class Backbone(ResNet):
         return super()._make_layer(block, planes * self.width // 64, *args, **kwargs)
 
 
-class ViT(VisionTransformer):
-    """Vision transformer of MoCo v3: images (B, 3, H, W) -> class token after the last norm (B, feature_dim); timm's
-    parameter names. Fixed 2-D sin-cos position embedding, frozen random patch embedding, 12 heads at any width: timm's
-    and DeiT's vit_small has 6 and reads the same weights without complaint, to no use. Another image size than that of
-    training interpolates the position embedding."""
-
-    def __init__(self, arch, patch_size=16, image_size=224):
-        self.feature_dim = width = VITS[arch]
-        super().__init__(img_size=image_size, patch_size=patch_size, embed_dim=width, depth=12, num_heads=12,
-                         num_classes=0, weight_init='moco', dynamic_img_size=True)
-        bound = (6 / (3 * patch_size ** 2 + width)) ** 0.5
-        nn.init.uniform_(self.patch_embed.proj.weight, -bound, bound)
-        nn.init.zeros_(self.patch_embed.proj.bias)
-        row, column = torch.meshgrid(*(torch.arange(n, dtype=torch.float32) for n in self.patch_embed.grid_size),
-                                     indexing='ij')
-        frequency = 10_000 ** (-torch.arange(width // 4, dtype=torch.float32) / (width // 4))
-        angles = [place.reshape(-1, 1) * frequency for place in (row, column)]
-        places = torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], 1)
-        self.pos_embed = nn.Parameter(torch.cat([torch.zeros(1, width), places])[None])  # nothing for the class token
-        for frozen in (self.pos_embed, *self.patch_embed.parameters()):
-            frozen.requires_grad_(False)
-
-
 def build_backbone(arch, stem='imagenet', width=64, patch_size=16, image_size=224, zero_init_residual=False,
                    norm_layer=None):
     """Backbone by name (a key of BLOCKS or VITS), randomly initialised. What belongs to the other kind is not used."""
     if arch in VITS:
         if patch_size < 1 or image_size % patch_size:
             raise Fail(f'backbone.patch_size: {patch_size} pixels do not divide the {image_size} of image_size')
+        from vit import ViT  # timm takes as long to import as torch
         return ViT(arch, patch_size, image_size)
     if arch not in BLOCKS:
         raise Fail(f"backbone.arch: '{arch}' is unknown; there are {', '.join([*BLOCKS, *VITS])}")
@@ -404,7 +381,7 @@ class MoCoV3(Method):
 
     def __init__(self, backbone, dim=256, hidden=4096, momentum=0.99, momentum_end=1.0, temperature=1.0, **common):
         super().__init__(backbone, **common)
-        vit, width = isinstance(self.backbone, ViT), self.backbone.feature_dim
+        vit, width = backbone['arch'] in VITS, self.backbone.feature_dim
         self.projector = mlp(width, *[hidden] * (2 if vit else 1), dim).append(nn.BatchNorm1d(dim, affine=False))
         self.predictor = mlp(dim, hidden, dim).append(nn.BatchNorm1d(dim, affine=False) if vit else nn.Identity())
         self.momentum_backbone = deepcopy(self.backbone).requires_grad_(False)

@@ -30,22 +30,8 @@ from contextlib import closing, nullcontext
 from hashlib import sha256
 from itertools import count, islice
 
-import torch
-import torch.distributed as dist
-from timm.optim import Lars
-from tqdm import tqdm
-
-from checkpoints import NORMALIZATIONS, normalization, save_backbone
-from common import (Log, Processes, StopSignal, earlier, keep_memory, precision_dtype, random_states, restore, run,
-                    say, seed_everything)
 from config import Fail, check_values, run_folder
-from files import save_checkpoint
-from data import PairLoader, check_size
-from features import Monitor
-from frozen_clip import Quality
-from models import (BLOCKS as RESNETS, METHODS, VITS, average_running_statistics, cosine, describe, distributed,
-                    global_mean, synchronize_batch_norm)
-from pictures import curves
+from start import run, say
 
 DEFAULTS = """
 output: !text null      # run folder, e.g. runs/cifar10/pretrain
@@ -216,33 +202,36 @@ tensorboard: true
 # May differ when a run is resumed; everything else shapes the result.
 BOOKKEEPING = ('output', 'device', 'compile', 'data.num_workers', 'knn', 'log_every', 'save_every_epochs',
                'save_every_steps', 'requeue', 'tensorboard')
-BLOCKS = {name: 'moco' if name == 'mocov2' else name for name in METHODS}  # a method's block in the config
+BLOCKS = {'mocov2': 'moco', **{name: name for name in (  # a method of models.METHODS: its block in the config
+    'mocov3', 'byol', 'simsiam', 'swav', 'simclr', 'supcon', 'vicreg', 'nnclr')}}
 EVER = 10 ** 9
 ALLOWED = {
     'output': 'folder', 'beton': 'file', 'images_per_epoch': (0, 10 ** 10), 'kind': ['biggan', 'stylegan2'],
     'truncation': (0.0, 100.0), 'psi': (0.0, 1.0), 'crop': (1, 8192), 'std': (0.0, 100.0),
-    'method': list(METHODS), 'alpha': (0.0, 1.0), 'view_generated.gray_prob': (0.0, 1.0),
+    'method': list(BLOCKS), 'alpha': (0.0, 1.0), 'view_generated.gray_prob': (0.0, 1.0),
     'view_generated.blur_prob': (0.0, 1.0),
     'swap': ['random', 'first', 'second'], 'seed': (0, 10 ** 12), 'num_workers': (1, 1024), 'image_size': (8, 1024),
     'size': (8, 1024), 'count': (0, 100),
-    'arch': [*RESNETS, *VITS], 'stem': ['imagenet', 'cifar'], 'width': (8, 1024), 'patch_size': (1, 1024),
+    'arch': ['resnet18', 'resnet34', 'resnet50', 'resnet101', 'vit_small', 'vit_base'], 'stem': ['imagenet', 'cifar'],
+    'width': (8, 1024), 'patch_size': (1, 1024),
     'dim': (1, 32768), 'hidden': (1, 32768), 'layers': (1, 10), 'prototypes': (1, 10 ** 6), 'iterations': (1, 1000),
     'moco.queue': (1, 10 ** 7), 'nnclr.queue': (1, 10 ** 7), 'queue': (0, 10 ** 7),
     'queue_from_epoch': (0, EVER), 'freeze_prototypes': (0, EVER),
     'bn_splits': (1, 4096), 'moco.momentum': (0.0, 0.999999), 'momentum': (0.0, 1.0), 'momentum_end': (0.0, 1.0),
     'temperature': (0.001, 100.0), 'negative_mixing': (0.0, 100.0),
     'epsilon': (0.001, 100.0), 'invariance': (0.0, 1e6), 'variance': (0.0, 1e6), 'covariance': (0.0, 1e6),
-    'lr': (1e-30, 1000.0), 'final_lr': (0.0, 1000.0), 'optimizer.momentum': (0.0, 0.9999),
+    'optimizer.name': ['sgd', 'lars', 'adamw'], 'lr': (1e-30, 1000.0), 'final_lr': (0.0, 1000.0),
+    'optimizer.momentum': (0.0, 0.9999),
     'weight_decay': (0.0, 0.999), 'clip_grad': (1e-12, 1e12), 'epochs': (1, 10 ** 6), 'batch_size': (1, 10 ** 6),
     'accumulate': (1, 10 ** 6), 'every': (0, EVER), 'k': (1, 10 ** 7), 'knn.temperature': (0.02, 100.0),
     'log_every': (1, EVER), 'save_every_epochs': (1, EVER), 'save_every_steps': (1, EVER)}
 
 
-def check(config, world):
+def check(config, world=1):
     """What can be wrong in the config beyond names and types, before anything is written."""
     method, optimizer = config['method'], config['optimizer']
     block = BLOCKS.get(method)
-    allowed = {**ALLOWED, 'optimizer.name': list(OPTIMIZERS)}
+    allowed = dict(ALLOWED)
     if config['knn']['every']:
         allowed |= {'train_beton': 'file', 'test_beton': 'file'}
     online = config['data']['online']
@@ -264,7 +253,7 @@ def check(config, world):
     parts = f' x {accumulate} micro-batches' * (accumulate > 1)
     if batch % (world * accumulate):
         raise Fail(f'batch_size: {batch} (of all processes) is not a multiple of the {world} processes{parts}')
-    if METHODS[method].sync_bn and batch // accumulate < 2:
+    if method != 'mocov2' and batch // accumulate < 2:
         raise Fail(f'batch_size: {method} needs two samples at a time for its batch norm')
     keys = batch * (2 if settings.get('symmetric') else 1)
     if settings.get('queue', 0) % keys:
@@ -275,8 +264,38 @@ def check(config, world):
                    f'to what was published is {max(world, 8 // world * world)}) and divide batch_size {batch}'
                    + f' / accumulate {accumulate}' * (accumulate > 1))
     small, patch = config['small_crops'], config['backbone']['patch_size']
-    if small['count'] and config['backbone']['arch'] in VITS and small['size'] % patch:
+    if small['count'] and config['backbone']['arch'].startswith('vit') and small['size'] % patch:
         raise Fail(f"small_crops.size: {small['size']} is not a multiple of backbone.patch_size {patch}")
+    from augment import recipe_row
+    for k, recipe in enumerate(recipes_of(config)):
+        recipe_row(recipe, f'views[{k}]')
+
+
+def recipes_of(config):
+    """Of each view of a sample, the small crops last: what PairLoader takes."""
+    small = config['small_crops']
+    recipes = [{'size': config['image_size'], **config[view]} for view in ('view_1', 'view_2')]
+    return recipes + [{**recipes[k % 2], 'size': small['size'], 'crop_scale': small['crop_scale']}
+                      for k in range(small['count'])]
+
+
+if __name__ == '__main__':  # a mistake in the YAML is answered before the imports below take seconds
+    run(check, DEFAULTS)
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from checkpoints import NORMALIZATIONS, normalization, save_backbone
+from common import (Log, Processes, StopSignal, earlier, keep_memory, precision_dtype, random_states, restore,
+                    seed_everything)
+from files import save_checkpoint
+from data import PairLoader, check_size
+from features import Monitor
+from frozen_clip import Quality
+from models import (METHODS, average_running_statistics, cosine, describe, distributed, global_mean,
+                    synchronize_batch_norm)
+from pictures import curves
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -284,10 +303,7 @@ def check(config, world):
 
 def open_pairs(config, processes):
     """The loader of this process's part of each micro-batch."""
-    data, small = config['data'], config['small_crops']
-    recipes = [{'size': config['image_size'], **config[view]} for view in ('view_1', 'view_2')]
-    recipes += [{**recipes[k % 2], 'size': small['size'], 'crop_scale': small['crop_scale']}
-                for k in range(small['count'])]
+    data, recipes = config['data'], recipes_of(config)
     share = dict(batch_size=config['batch_size'] // (processes.world * config['accumulate']), seed=config['seed'],
                  rank=processes.rank, world=processes.world)
     if data['online']['images_per_epoch']:
@@ -330,6 +346,7 @@ def lars(groups, momentum, **settings):
     """timm's, which adapts a group without weight decay only if told so. It divides by |g| + wd |w| (apex, mmselfsup;
     MoCo v3, BYOL, VICReg and SimCLR: |g + wd w|, the same but for large decays) and multiplies with the learning rate
     after the momentum (as MoCo v3, BYOL and VICReg; SimCLR and mmselfsup: before, which differs while it changes)."""
+    from timm.optim import Lars  # timm takes as long to import as torch
     for group in groups:
         group['always_adapt'] = not group['exclude']
     return Lars(groups, momentum=momentum, trust_coeff=0.001, **settings)

@@ -21,21 +21,8 @@ from contextlib import closing
 from hashlib import sha256
 from pathlib import Path
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import nn
-from tqdm import tqdm
-
-from checkpoints import backbone_of, digest
-from common import (Log, Processes, StopSignal, answered, earlier, precision_dtype, random_states, restore, run,
-                    seed_everything)
 from config import Fail, check_values, run_folder
-from files import atomic, load_arrays, save_checkpoint, save_json
-from data import PairLoader, check_size
-from features import class_map, hits, labelled, percent, plain_images
-from models import average_running_statistics, distributed, global_mean, normalize, synchronize_batch_norm
-from sources import same_images, source_dataset
+from start import run
 
 DEFAULTS = """
 checkpoint: !text null  # backbone.pt of pretrain.py, or another's file (.pth, .safetensors)
@@ -78,8 +65,6 @@ tensorboard: false
 """
 
 BOOKKEEPING = ('checkpoint', 'output', 'device', 'num_workers', 'batch', 'log_every', 'tensorboard', 'subset.root')
-
-
 ALLOWED = {
     'checkpoint': 'file', 'train_beton': 'file', 'test_beton': 'file', 'heads': (1, 64), 'share': (1e-9, 1.0),
     'seed': (0, 10 ** 12), 'num_workers': (1, 1024), 'image_size': (1, 1024), 'resize': (1, 4096),
@@ -88,13 +73,32 @@ ALLOWED = {
     'weight_decay': (0.0, 0.999), 'log_every': (1, 10 ** 9)}
 
 
-def check(config, world):
+def check(config, world=1):
     check_values(config, ALLOWED)
     if config['nesterov'] and not config['momentum']:
         raise Fail('nesterov: needs a momentum above 0')
     if config['batch_size'] % world or config['batch_size'] // world < 2:
         raise Fail(f"batch_size: {config['batch_size']} (of all processes together) must be a multiple of the {world} "
                    'processes, and leave each of them two images')
+
+
+if __name__ == '__main__':  # a mistake in the YAML is answered before the imports below take seconds
+    run(check, DEFAULTS)
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from checkpoints import backbone_of, digest
+from common import (Log, Processes, StopSignal, answered, earlier, precision_dtype, random_states, restore,
+                    seed_everything)
+from files import atomic, load_arrays, save_checkpoint, save_json
+from data import PairLoader, check_size
+from features import class_map, hits, labelled, percent, plain_images
+from models import average_running_statistics, distributed, global_mean, normalize, synchronize_batch_norm
+from sources import same_images, source_dataset
 
 
 def balanced(labels, share, seed):

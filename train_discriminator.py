@@ -9,17 +9,8 @@ config.yaml, versions.json and scores.png. The same command again resumes; on a 
 """
 from contextlib import closing
 
-import torch
-import torch.nn.functional as F
-from tqdm import tqdm
-
-from common import Log, Processes, StopSignal, earlier, run, say, seed_everything
 from config import Fail, check_values, run_folder
-from data import PairLoader
-from files import save_checkpoint
-from latents import Discriminator, LatentGenerator
-from models import average_running_statistics, distributed, global_mean, synchronize_batch_norm
-from pictures import histograms
+from start import run, say
 
 DEFAULTS = """
 output: ''              # run folder
@@ -41,19 +32,33 @@ num_workers: 8
 log_every: 50           # steps
 save_every: 500         # steps
 """
+BOOKKEEPING = ('output', 'device', 'num_workers', 'log_every', 'save_every')
 ALLOWED = {
     'output': 'folder', 'beton': 'file', 'latent.model': 'file', 'kind': ['biggan', 'stylegan2'],
     'truncation': (0.0, 100.0), 'psi': (0.0, 1.0), 'crop': (1, 8192), 'seed': (0, 10 ** 12), 'image_size': (16, 1024),
     'width': (1, 1024), 'epochs': (1, 10 ** 6), 'batch_size': (1, 10 ** 6), 'lr': (1e-30, 1000.0),
     'num_workers': (1, 1024), 'log_every': (1, 10 ** 9), 'save_every': (1, 10 ** 9)}
-BOOKKEEPING = ('output', 'device', 'num_workers', 'log_every', 'save_every')
 
 
-def check(config, world):
+def check(config, world=1):
     check_values(config, ALLOWED)
     if config['batch_size'] % world:
         raise Fail(f"batch_size: {config['batch_size']} (of all processes) is not a multiple of the {world} processes")
 
+
+if __name__ == '__main__':  # a mistake in the YAML is answered before the imports below take seconds
+    run(check, DEFAULTS)
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from common import Log, Processes, StopSignal, earlier, seed_everything
+from data import PairLoader
+from files import save_checkpoint
+from latents import Discriminator, LatentGenerator
+from models import average_running_statistics, distributed, global_mean, synchronize_batch_norm
+from pictures import histograms
 
 def main(config):
     processes = Processes(config['device'])

@@ -16,24 +16,8 @@ config.yaml, versions.json, pairs_*.png, and with monte_carlo distances.json and
 The same command again resumes; on a CPU to the bit. Sample k of a run depends on (seed, k) alone; estimator and loss
 are of the global batch (COP-Gen: one per GPU), so the number of processes changes nothing but rounding.
 """
-
-import numpy as np
-import torch
-import torch.distributed as dist
-import torch.nn as nn
-import torch.nn.functional as F
-from tqdm import tqdm
-
-from augment import parameters, recipe_row
-from checkpoints import NORMALIZATIONS, normalization
-from common import Log, Processes, StopSignal, earlier, run, seed_everything
 from config import Fail, check_values, run_folder
-from files import save_checkpoint, save_json
-from latents import LatentGenerator, Steering, Walker, chunk_range, load_walker, save_walker, uniform
-from loss import nt_xent
-from models import build_backbone, global_mean, synchronize_batch_norm
-from online import augment
-from pictures import grid, histograms
+from start import run
 
 DEFAULTS = """
 output: ''              # run folder
@@ -92,8 +76,38 @@ ALLOWED = {
     'samples': (0, EVER), 'batch_size': (2, 10 ** 6), 'stop_loss': (0.0, 100.0), 'stop_after': (0, EVER),
     'first': ['estimator', 'walker'], 'arch': ['resnet18', 'resnet34', 'resnet50'], 'stem': ['imagenet', 'cifar'],
     'width': (8, 1024), 'hidden': (1, 32768), 'dim': (1, 32768), 'temperature': (0.001, 100.0),
-    'image_size': (8, 1024), 'normalization': list(NORMALIZATIONS), 'monte_carlo': (0, EVER),
+    'image_size': (8, 1024), 'normalization': ['imagenet', 'cifar10', 'clip'], 'monte_carlo': (0, EVER),
     'log_every': (1, EVER), 'save_every': (1, EVER), 'grid_every': (1, EVER)}
+
+
+def check(config, world=1):
+    check_values(config, ALLOWED)
+    from augment import recipe_row  # the name below is not there yet when this is asked first
+    recipe_row({'size': config['image_size'], **config['view']}, 'view')
+    if config['batch_size'] % world:
+        raise Fail(f"batch_size: {config['batch_size']} (of all processes) is not a multiple of the {world} processes")
+
+
+if __name__ == '__main__':  # a mistake in the YAML is answered before the imports below take seconds
+    run(check, DEFAULTS)
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from augment import parameters, recipe_row
+from checkpoints import NORMALIZATIONS, normalization
+from common import Log, Processes, StopSignal, earlier, seed_everything
+from files import save_checkpoint, save_json
+from latents import LatentGenerator, Steering, Walker, chunk_range, load_walker, save_walker, uniform
+from loss import nt_xent
+from models import build_backbone, global_mean, synchronize_batch_norm
+from online import augment
+from pictures import grid, histograms
+
 PUBLISHED = 0.1 / 0.07  # SupConLoss multiplies with temperature / base temperature
 SHOWN = 8               # pairs in a picture
 BLOCK = 256             # latents at once where nothing is learned
@@ -250,13 +264,6 @@ def measure(game, folder, count, log):
     for k, row in table.items():
         log.write(f"chunk {k}: distance {row['mean']:.3f} +- {row['std']:.3f}, median {row['median']:.3f} "
                   f'({count} anchors)')
-
-
-def check(config, world):
-    check_values(config, ALLOWED)
-    recipe_row({'size': config['image_size'], **config['view']}, 'view')
-    if config['batch_size'] % world:
-        raise Fail(f"batch_size: {config['batch_size']} (of all processes) is not a multiple of the {world} processes")
 
 
 def main(config):

@@ -18,20 +18,8 @@ A further measure is a function of its own whose result joins `results` in main.
 """
 from pathlib import Path
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from tqdm import tqdm
-
-from common import Log, Processes, answered, precision_dtype, run
 from config import Fail, check_values, run_folder
-from files import save_json
-from data import PairLoader, check_size
-from distances import SMALLEST, Frechet, fid_inception, ssim
-from features import everywhere
-from frozen_clip import FrozenClip, Quality
-from loss import pair_quality
-from pictures import grid, harmless, histograms
+from start import run
 
 DEFAULTS = """
 pairs: !text null       # paired beton of gen_views.py
@@ -57,14 +45,30 @@ seed: 0                 # which pairs
 """
 BLOCK = 2 ** 28         # cosines at a time: 1 GB
 BOOKKEEPING = ('output', 'batch', 'num_workers', 'device')  # do not shape the result
-
-
 ALLOWED = {'pairs': 'file', 'image_size': (1, 4096), 'images': (2, 10 ** 10), 'examples': (1, 1000),
-           'batch': (1, 10 ** 5), 'size': (SMALLEST, 1024), 'num_workers': (1, 1024), 'seed': (0, 10 ** 12)}
+           'batch': (1, 10 ** 5), 'size': (11, 1024), 'num_workers': (1, 1024), 'seed': (0, 10 ** 12)}
 
 
 def check(config):
     check_values(config, ALLOWED)
+
+
+if __name__ == '__main__':  # a mistake in the YAML is answered before the imports below take seconds
+    run(check, DEFAULTS, nullable=('images',))
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from common import Log, Processes, answered, precision_dtype
+from files import save_json
+from data import PairLoader, check_size
+from distances import SMALLEST, Frechet, fid_inception, ssim
+from features import everywhere
+from frozen_clip import FrozenClip, Quality
+from loss import pair_quality
+from pictures import grid, harmless, histograms
 
 
 def loader_of(config, size, positions, verify=False):

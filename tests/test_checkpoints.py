@@ -27,7 +27,8 @@ from common import Processes, answered, earlier  # noqa: E402
 from config import Fail  # noqa: E402
 from files import atomic, load_checkpoint, save_checkpoint, save_json  # noqa: E402
 from conftest import damages  # noqa: E402
-from models import ViT, build_backbone  # noqa: E402
+from models import build_backbone  # noqa: E402
+from vit import ViT  # noqa: E402
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
 pytestmark = pytest.mark.usefixtures('one_thread')
