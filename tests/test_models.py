@@ -23,6 +23,7 @@ from config import Fail, load_config  # noqa: E402
 from loss import info_nce_batch, nt_xent, quality_weights, sinkhorn, sup_con, swapped_prediction  # noqa: E402
 from models import (BYOL, METHODS, NNCLR, VITS, MoCoV2, MoCoV3, SimCLR, SimSiam, SplitBatchNorm2d,  # noqa: E402
                     build_backbone, cosine, mixing, synchronize_batch_norm)
+from vit import ViT  # noqa: E402
 
 SMALL = ('backbone.arch=resnet18', 'backbone.stem=cifar', 'backbone.width=8', 'image_size=16', 'batch_size=8',
          'normalization=imagenet', 'epochs=4', 'optimizer.lr=0.05', 'output=out', 'data.beton=none')

@@ -110,7 +110,7 @@ MASKS = {'all but the outer ring': {}, 'a block of half of these': dict(share=0.
 
 @torch.no_grad()
 def report_views(args):
-    """The table of views of tiny/unclip, for tiny/icgan (a row for each noise level) and tiny/maskgit (for each mask)."""
+    """The table of views of tiny/unclip for tiny/icgan, a row for each noise level, and tiny/maskgit, for each mask."""
     from generators import ICGAN
     from maskgit import MaskGIT
     device, count = torch.device('cpu'), args.count
