@@ -36,6 +36,8 @@ class Processes:
         cuda = self.device.type == 'cuda'
         if cuda:
             torch.cuda.set_device(self.device)  # before anything allocates, or every rank opens a context on GPU 0
+        else:
+            keep_memory()
         if group and os.environ.get('RANK') and not dist.is_initialized():
             backend = 'cpu:gloo,cuda:nccl' if cuda else 'gloo'
             # rank 0 may check a beton of hundreds of GB, or fetch a dataset, before the others hear of it again
@@ -73,6 +75,15 @@ class Processes:
         total = torch.tensor(float(bool(flag)))  # on the CPU, through gloo: asked every step, must not wait for the GPU
         dist.all_reduce(total)
         return total.item() > 0
+
+
+def keep_memory():
+    """The process keeps the memory that it frees, up to its peak: glibc hands large blocks back to the system, and the
+    next step on a CPU gets the same ones again a page fault at a time."""
+    with suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)           # M_MMAP_MAX: no block of its own mapping
+        libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
 
 
 def shard(text, processes):
@@ -201,15 +212,6 @@ def restore(saved, model, optimizer, scaler, processes):
     states = saved['random'] if isinstance(saved['random'], list) else [saved['random']]
     set_random_states(states[processes.rank if len(states) == processes.world else 0])
     return saved['step']
-
-
-def keep_memory():
-    """The process keeps the memory that it frees, up to its peak: glibc hands large blocks back to the system, and a
-    training step on a CPU gets the same ones again a page fault at a time."""
-    with suppress(OSError, AttributeError):  # another C library
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)           # M_MMAP_MAX: no block of its own mapping
-        libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
 
 
 def seed_everything(seed):

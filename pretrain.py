@@ -287,8 +287,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from checkpoints import NORMALIZATIONS, normalization, save_backbone
-from common import (Log, Processes, StopSignal, earlier, keep_memory, precision_dtype, random_states, restore,
-                    seed_everything)
+from common import Log, Processes, StopSignal, earlier, precision_dtype, random_states, restore, seed_everything
 from files import save_checkpoint
 from data import PairLoader, check_size
 from features import Monitor
@@ -539,8 +538,6 @@ def main(config):
     seed_everything(config['seed'])  # the same on all processes: they build the same model
     torch.set_float32_matmul_precision('high')  # TF32 where the GPU has it
     torch.backends.cudnn.benchmark = True
-    if device.type == 'cpu':
-        keep_memory()
     loader = open_pairs(config, processes)
     steps_per_epoch = len(loader) // accumulate
     last_step = epochs * steps_per_epoch
