@@ -98,10 +98,11 @@ from pycocotools.cocoeval import COCOeval
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Dataset
+from torchvision import tv_tensors
 from torchvision.datasets import VOCDetection
 from torchvision.models.detection import FasterRCNN, MaskRCNN, anchor_utils, backbone_utils, faster_rcnn, mask_rcnn
 from torchvision.ops import MultiScaleRoIAlign
-from torchvision.transforms.functional import pil_to_tensor
+from torchvision.transforms import v2
 from tqdm import tqdm
 
 from checkpoints import digest, load_backbone, normalization
@@ -245,7 +246,6 @@ class Images(Dataset):
     lies as JSON in one array that worker processes share; Python objects would be copied into each."""
 
     def __init__(self, index, folder, labels, masks, seed=None):
-        from torchvision.transforms import v2  # imports torch's compiler, as long as torch itself
         self.seed, self.flip, records = seed, v2.Compose([v2.RandomHorizontalFlip(0.5), v2.ToPureTensor()]), []
         missing, listed = [], lru_cache(None)(lambda path: set(os.listdir(path) if os.path.isdir(path) else ()))
         for number, image in sorted(index.imgs.items()):
@@ -270,14 +270,13 @@ class Images(Dataset):
         number, path, size, found = json.loads(self.content[self.ends[key[1]]:self.ends[key[1] + 1]].tobytes())
         try:
             with Image.open(path) as file:
-                image = pil_to_tensor(file.convert('RGB'))
+                image = v2.functional.pil_to_tensor(file.convert('RGB'))
         except Exception as error:  # PIL raises nearly everything on a damaged file
             return f'{path}: cannot be read: {" ".join(str(error).split())}'
         if list(image.shape[1:]) != size:
             return f'{path}: has {tuple(image.shape[1:])} pixels, its annotations are for {tuple(size)} (height, width)'
         if self.seed is None:
             return image, number
-        from torchvision import tv_tensors  # imports torch's compiler
         boxes, labels, masks = zip(*found)
         target = {'boxes': tv_tensors.BoundingBoxes(boxes, dtype=torch.float32, format='XYXY', canvas_size=tuple(size)),
                   'labels': torch.tensor(labels)}

@@ -60,6 +60,7 @@ from latents import Discriminator, LatentGenerator
 from models import average_running_statistics, distributed, global_mean, synchronize_batch_norm
 from pictures import histograms
 
+
 def main(config):
     processes = Processes(config['device'])
     check(config, processes.world)

@@ -13,7 +13,7 @@ torchvision.transforms.v2 on uint8 tensors. dali: the CPU pipeline of NVIDIA DAL
 
 The last line is one JSON object: images/s count every view, `ratio` is the median over the rounds of ours / pil (and
 [least, most]), `ratio_tensors` and `ratio_dali` the same; `limit` is ours as a share of decoding the same JPEGs and
-nothing more. Raw images of 32 pixels have no such limit: copying them takes less than a hundredth of the time.
+nothing more. Raw images of 32 pixels are not decoded, and have no such limit.
 """
 import json
 import os

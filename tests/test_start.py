@@ -7,8 +7,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import linear_eval  # noqa: E402
 import models  # noqa: E402
 import pretrain  # noqa: E402
+import train_walker  # noqa: E402
+import view_eval  # noqa: E402
 
 STAGES = ('fg_proportion', 'gen_views', 'pretrain', 'linear_eval', 'semi_eval', 'detect_eval', 'view_eval',
           'train_walker', 'train_discriminator')
@@ -39,4 +42,7 @@ def test_what_pretraining_accepts_is_what_there_is():
     assert list(pretrain.BLOCKS) == list(models.METHODS)
     assert pretrain.ALLOWED['arch'] == [*models.BLOCKS, *models.VITS]
     assert pretrain.ALLOWED['optimizer.name'] == list(pretrain.OPTIMIZERS)
+    assert linear_eval.ALLOWED['optimizer'] == list(linear_eval.OPTIMIZERS)
+    assert set(train_walker.ALLOWED['normalization']) == set(train_walker.NORMALIZATIONS)
+    assert view_eval.ALLOWED['size'][0] == view_eval.SMALLEST
     assert [name for name, method in models.METHODS.items() if not method.sync_bn] == ['mocov2']
