@@ -21,7 +21,7 @@ import yaml
 
 from config import Fail, changed_keys
 from files import atomic, load_checkpoint, load_json, lock, save_json
-from start import ranks, run, say  # noqa: F401
+from start import ranks, say
 
 
 # ---------------------------------------------------------------------------------------------------

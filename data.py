@@ -32,9 +32,9 @@ import numpy as np
 import torch
 
 from augment import FILE, HAS_VIEW, IMAGE, KEY, SIZE, VIEW, choose, permutation_keys, recipe_row, render
-from common import say
 from config import Fail
 from files import atomic, lock
+from start import say
 
 # FFCV starts a thread pool at import; TBB's waits for ever at the exit of a process that has forked, as a DataLoader
 # does, and may use one core only.

@@ -7,8 +7,8 @@ import sys
 
 import numpy as np
 
-from common import say
 from files import atomic
+from start import say
 
 
 os.environ['MPLBACKEND'] = 'agg'  # a notebook's own, inherited, would not let matplotlib be imported

@@ -140,7 +140,7 @@ def test_run_folder_that_cannot_be_made(tmp_path):
 
 STAGE = r"""
 import os, sys
-import common
+import common, start
 def stage(config):
     log = common.Log(config['output'], config)
     for k in range(3):
@@ -150,7 +150,7 @@ def stage(config):
     common.answered(log.folder / 'nothing.json', {}, (), common.Processes('cpu'))
     if config['fail']:
         raise common.Fail('caf\udce9.jpg: is bad')
-common.run(stage, "{output: '', fail: false}")
+start.run(stage, "{output: '', fail: false}")
 """
 
 

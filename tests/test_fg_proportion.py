@@ -492,7 +492,7 @@ def test_result_is_there_before_its_pictures(stage, run, clips, images, tmp_path
 
 LOSES_A_WORKER = """
 import os, signal, sys
-import common, fg_proportion
+import fg_proportion, start
 def dies(self, index):
     os.kill(os.getpid(), signal.SIGBUS)
 def full(self, index):
@@ -500,7 +500,7 @@ def full(self, index):
 def wrong(self, index):
     raise RuntimeError('another mistake')
 fg_proportion.Images.__getitem__ = {'dies': dies, 'full': full, 'wrong': wrong}[sys.argv.pop()]
-common.run(fg_proportion.main, fg_proportion.DEFAULTS)
+start.run(fg_proportion.main, fg_proportion.DEFAULTS)
 """
 
 
