@@ -16,6 +16,8 @@ Controls take in place of the generated view
 - retrieval: the nearest other image by tiny/clip's embedding (strategy: retrieval of gen_views.py);
 - reconstruction: what the generator's autoencoder keeps of the image itself.
 
+rows=gencl: two crops, and views of tiny/icgan and tiny/maskgit in 25, 50, 75 and 100 % of the pairs (GenCL's gamma).
+
 judge: a CIFAR-10 classifier that had no part in any of this (ResNet-56 of github.com/akamaster/pytorch_resnet_cifar10).
 With it the last lines tell how often views keep the class of their source, and whether the quality of a pair (eq. 12)
 is higher where they do: the area under the curve, 0.5 for no relation.
@@ -42,19 +44,26 @@ from sources import source_dataset
 RUN, RESULTS = Path('runs/effect'), ROOT / 'results/cifar10_effect.json'
 PLAIN, WEIGHTED, CROPS = ['quality.enabled=false'], ['quality.enabled=true'], ['data.alpha=0']
 SHARES = (100, 75, 50, 25, 10)  # 10 is chance: the negative control
+GENCL = {  # views: keys of yamls/gen_views/effect.yaml
+    'icgan': ['strategy=constant', 'noise_level=0', 'generator.kind=icgan', 'generator.model=tiny/icgan'],
+    'maskgit': ['generator.kind=maskgit', 'generator.model=tiny/maskgit']}
+GAMMAS = 0.25, 0.5, 0.75, 1.0
 ROWS = {  # row: (views, keys of yamls/pretrain/effect.yaml, title)
     'two_crops': ('same_class_100', CROPS + PLAIN, 'two crops (alpha 0)'),
     **{f'same_class_{share}': (f'same_class_{share}', PLAIN, f'real images, {share} % of the same class')
        for share in SHARES},
     'retrieval': ('retrieval', PLAIN, 'nearest other real image'),
     'reconstruction': ('reconstruction', PLAIN, 'reconstruction of the image'),
-    'quality': ('adaptive', CROPS + WEIGHTED, 'two crops + quality weights'),
+    'quality': ('same_class_100', CROPS + WEIGHTED, 'two crops + quality weights'),
     'constant': ('constant', PLAIN, 'views, level 200'),
     'random': ('random', PLAIN, 'views, random level'),
     'adaptive': ('adaptive', PLAIN, 'views, adaptive level'),
     'adaptive_quality': ('adaptive', WEIGHTED, 'views, adaptive level + quality weights'),
+    **{f'{views}_{gamma:g}': (views, [f'data.alpha={gamma}', *PLAIN], f'views of tiny/{views}, gamma {gamma:g}')
+       for views in GENCL for gamma in GAMMAS},
 }
 CONTROLS = list(ROWS)[:8]
+SETS = {'controls': CONTROLS, 'gencl': ['two_crops', *(row for row in ROWS if ROWS[row][0] in GENCL)]}
 
 
 def area_under_curve(scores, positive):
@@ -123,11 +132,11 @@ def judged(path):
 
 def main():
     options = bench.options(rows=','.join(ROWS), seeds='0,1,2', judge='')
-    rows = CONTROLS if options['rows'] == 'controls' else [row for row in options['rows'].split(',') if row]
+    rows = SETS.get(options['rows'], [row for row in options['rows'].split(',') if row])
     if unknown := set(rows) - set(ROWS):
         sys.exit(f'no row {", ".join(unknown)}; there are {", ".join(ROWS)}')
     if rows:
-        if {ROWS[row][0] for row in rows} - {f'same_class_{share}' for share in SHARES} - {'reconstruction'}:
+        if set(rows) - {'two_crops', 'reconstruction', *(f'same_class_{share}' for share in SHARES)}:
             stage('fg_proportion.py', 'yamls/fg_proportion/effect.yaml')
             stage('fg_proportion.py', 'yamls/fg_proportion/effect_quality.yaml')
         stage('gen_views.py', 'yamls/gen_views/cifar10_test.yaml')
@@ -135,7 +144,8 @@ def main():
             if views == 'reconstruction' or views.startswith('same_class'):
                 write_control(views)
             else:
-                stage('gen_views.py', 'yamls/gen_views/effect.yaml', f'strategy={views}', f'output={RUN}/{views}')
+                stage('gen_views.py', 'yamls/gen_views/effect.yaml', f'output={RUN}/{views}',
+                      *GENCL.get(views, [f'strategy={views}']))
     for seed in map(int, options['seeds'].split(',')):  # seed by seed: a part of the table is a table
         for row in rows:
             views, keys, _ = ROWS[row]

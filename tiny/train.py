@@ -683,18 +683,24 @@ def refine(args, device):
     save_half(model, 'unclip/unet/diffusion_pytorch_model.safetensors')
 
 
-if __name__ == '__main__':
-    stages = dict(prepare=prepare, autoencoder=autoencoder, encoder=encoder, quality=quality, text=text, unet=unet,
-                  export=export, refine=refine)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of(text, stages):
+    """What the commands of all training scripts have in common."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('stage', choices=stages)
     parser.add_argument('--data', default='tiny-imagenet-200', help='folder with train/')
     parser.add_argument('--teacher', default='efficientnet-lite0-57934424.pth')
     parser.add_argument('--work', type=Path, default=Path('runs/tiny'))
     parser.add_argument('--steps', type=int, default=None)
     parser.add_argument('--batch-size', type=int, default=None, help='of a training step; default: what two cores bear')
-    parser.add_argument('--keep', action='store_true', help='encoder: go on from the shipped one')
     parser.add_argument('--seed', type=int, default=0)
+    return parser
+
+
+if __name__ == '__main__':
+    stages = dict(prepare=prepare, autoencoder=autoencoder, encoder=encoder, quality=quality, text=text, unet=unet,
+                  export=export, refine=refine)
+    parser = parser_of(__doc__, stages)
+    parser.add_argument('--keep', action='store_true', help='encoder: go on from the shipped one')
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     stages[args.stage](args, torch.device('cuda' if torch.cuda.is_available() else 'cpu'))

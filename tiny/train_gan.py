@@ -12,7 +12,6 @@ others are normal noise. The discriminator sees image and latent together, as Bi
 All see the 61 classes of Tiny-ImageNet-200 of tiny/train.py, never CIFAR-10. The same command goes on where a killed
 one stopped; --steps sets how long. tiny/report_gan.py measures what came out.
 """
-import argparse
 import json
 import sys
 import time
@@ -26,8 +25,8 @@ from safetensors.torch import save_file
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 from gan import BigGAN  # noqa: E402
-from train import (APPEARANCE, CLASSES, SEMANTIC, autocast, embeddings_of, load, read, save, schedulers, teacher_model,  # noqa: E402
-                   training_images)
+from train import (APPEARANCE, CLASSES, SEMANTIC, autocast, embeddings_of, load, parser_of, read, save,  # noqa: E402
+                   schedulers, teacher_model, training_images)
 
 NETWORK = dict(widths=[256, 224, 192, 128, 80, 40], up=[0, 1, 0, 1, 1], chunk=20, shared=128)
 KINDS = {  # keys of config.json, steps of 64
@@ -96,8 +95,8 @@ def material(args, device):
 
 
 def train(args, device):
-    config, steps = KINDS[args.kind]
-    steps, path = args.steps or steps, args.work / f'{args.kind}.ckpt'
+    config, steps = KINDS[args.stage]
+    batch, steps, path = args.batch_size or 64, args.steps or steps, args.work / f'{args.stage}.ckpt'
     images, embeddings = material(args, device)
     mean, std = embeddings.mean((0, 1)), embeddings.std((0, 1))
     embeddings = (embeddings - mean) / std
@@ -126,22 +125,22 @@ def train(args, device):
         for optimizer, found in zip(optimizers, state['optimizers']):
             optimizer.load_state_dict(found)
         average, step, seconds = {k: v.to(device) for k, v in state['average'].items()}, state['step'], state['seconds']
-        print(f'{args.kind}: going on at step {step} of {steps}')
+        print(f'{args.stage}: going on at step {step} of {steps}')
     start, seen = time.time(), {}
     while step < steps:
         random = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         for optimizer in optimizers:
             optimizer.param_groups[0]['lr'] = rate * min(1, (step + 1) / 100, (steps - step) / (0.4 * steps))
-        indices = torch.randint(len(images), (args.batch_size,), generator=random)
-        mirrored = torch.randint(2, (args.batch_size,), generator=random)
-        uniform = torch.rand(2, args.batch_size, generator=random)
+        indices = torch.randint(len(images), (batch,), generator=random)
+        mirrored = torch.randint(2, (batch,), generator=random)
+        uniform = torch.rand(2, batch, generator=random)
         level = torch.where(uniform[0] < 0.8, 500 * uniform[1].square(), 1000 * uniform[1]).long()  # as the UNet's
-        z = torch.randn(args.batch_size, generator.chunks * generator.chunk, generator=random)
+        z = torch.randn(batch, generator.chunks * generator.chunk, generator=random)
         if 'feature' in config:
-            told, condition = args.batch_size, condition_of(embeddings[indices, mirrored], level, random).to(device)
+            told, condition = batch, condition_of(embeddings[indices, mirrored], level, random).to(device)
             known = meant = condition
         else:                                            # three in four latents are of images, the others noise alone
-            told, condition, share = args.batch_size * 3 // 4, None, 0.5 * uniform[0, :, None]
+            told, condition, share = batch * 3 // 4, None, 0.5 * uniform[0, :, None]
             known = share * z + (1 - share.square()).sqrt() * embeddings[indices, mirrored][:, ORDER]
             z = torch.cat([known[:told], z[told:]])
             known, meant = known.to(device), z.to(device)
@@ -149,7 +148,7 @@ def train(args, device):
         real = torch.where(mirrored[:, None, None, None].to(device) > 0, real.flip(3), real)
         with autocast(device):
             fake = generator(z.to(device), condition)
-        shift = torch.randint(9, (2, args.batch_size), generator=random)
+        shift = torch.randint(9, (2, batch), generator=random)
         with torch.no_grad():
             real_maps, real_pooled = look(teacher, real, shift)
         maps, pooled = look(teacher, fake.float(), shift)
@@ -183,27 +182,19 @@ def train(args, device):
             seen[name] = 0.98 * seen.get(name, value.item()) + 0.02 * value.item()
         if step % 50 == 0 or step == steps:
             spent = seconds + time.time() - start
-            print(f'{args.kind} {step}/{steps}' + ''.join(f'  {k} {v:.3f}' for k, v in seen.items())
+            print(f'{args.stage} {step}/{steps}' + ''.join(f'  {k} {v:.3f}' for k, v in seen.items())
                   + f'  {spent:.0f} s', flush=True)
         if step % 200 == 0 or step == steps:
             save(path, dict(generator=generator.state_dict(), discriminator=discriminator.state_dict(), average=average,
                             optimizers=[optimizer.state_dict() for optimizer in optimizers], step=step,
                             seconds=seconds + time.time() - start))
-            (HERE / args.kind).mkdir(exist_ok=True)
-            (HERE / args.kind / 'config.json').write_text(json.dumps(config) + '\n')
+            (HERE / args.stage).mkdir(exist_ok=True)
+            (HERE / args.stage / 'config.json').write_text(json.dumps(config) + '\n')
             save_file({k: v.half().cpu().contiguous() for k, v in average.items()},
-                      HERE / args.kind / 'model.safetensors')
+                      HERE / args.stage / 'model.safetensors')
 
 
 if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('kind', choices=KINDS)
-    parser.add_argument('--data', default='tiny-imagenet-200', help='folder with train/')
-    parser.add_argument('--teacher', default='efficientnet-lite0-57934424.pth')
-    parser.add_argument('--work', type=Path, default=Path('runs/tiny'))
-    parser.add_argument('--steps', type=int, default=None)
-    parser.add_argument('--batch-size', type=int, default=64)
-    parser.add_argument('--seed', type=int, default=0)
-    args = parser.parse_args()
+    args = parser_of(__doc__, KINDS).parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     train(args, torch.device('cuda' if torch.cuda.is_available() else 'cpu'))

@@ -6,7 +6,6 @@
 Both see the 61 classes of Tiny-ImageNet-200 of tiny/train.py, never CIFAR-10, and write tiny/maskgit. The same command
 goes on where a killed one stopped; --steps sets how long.
 """
-import argparse
 import json
 import math
 import sys
@@ -20,7 +19,7 @@ from safetensors.torch import save_file
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 from maskgit import Transformer, load_vqgan  # noqa: E402
-from train import (CLASSES, autocast, load, look, read, save, teacher_model, train,  # noqa: E402
+from train import (CLASSES, autocast, load, look, parser_of, read, save, teacher_model, train,  # noqa: E402
                    training_images)
 
 CODES, SIDE, OUT = 512, 8, HERE / 'maskgit'
@@ -113,14 +112,6 @@ def transformer(args, device):
 
 
 if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('stage', choices=['vqgan', 'transformer'])
-    parser.add_argument('--data', default='tiny-imagenet-200', help='folder with train/')
-    parser.add_argument('--teacher', default='efficientnet-lite0-57934424.pth')
-    parser.add_argument('--work', type=Path, default=Path('runs/tiny'))
-    parser.add_argument('--steps', type=int, default=None)
-    parser.add_argument('--batch-size', type=int, default=None)
-    parser.add_argument('--seed', type=int, default=0)
-    args = parser.parse_args()
+    args = parser_of(__doc__, ['vqgan', 'transformer']).parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     globals()[args.stage](args, torch.device('cuda' if torch.cuda.is_available() else 'cpu'))
