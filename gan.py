@@ -98,10 +98,11 @@ class BigGAN(nn.Module):
     eps: of the blocks' batch norm.
     IC-GAN (Casanova et al. 2021): feature: dimensions of an instance feature, from which the vector is made. classes:
     (number of classes, dimensions) of an embedding that stands before it, or None. levels: the last of the feature's
-    dimensions tells how noisy the others are, which are standardised by feature_mean and feature_std beforehand."""
+    dimensions tells how noisy the others are, which are standardised by feature_mean and feature_std beforehand.
+    layout: the vector joins the first chunk too, so that the feature tells what lies where (as in BigGAN-deep)."""
 
     def __init__(self, widths, up, attention=None, chunk=20, shared=128, feature=None, classes=None, levels=False,
-                 eps=1e-4):
+                 layout=False, eps=1e-4):
         super().__init__()
         self.chunks, self.chunk, self.resolution = len(widths), chunk, 4 * 2 ** sum(map(bool, up))
         self.feature, self.classes, self.levels = feature, classes[0] if classes else 0, levels
@@ -114,8 +115,8 @@ class BigGAN(nn.Module):
         if levels:
             self.register_buffer('feature_mean', torch.zeros(feature - 1))
             self.register_buffer('feature_std', torch.ones(feature - 1))
-        self.linear = nn.Linear(chunk, widths[0] * 16)
         condition = shared + chunk + (classes[1] if classes else 0)
+        self.layout, self.linear = layout, nn.Linear(condition if layout else chunk, widths[0] * 16)
         self.blocks = nn.ModuleList(
             nn.ModuleList([Block(widths[k], widths[k + 1], condition, up[k], eps),
                            *([Attention(widths[k + 1])] if k == attention else [])]) for k in range(len(up)))
@@ -128,7 +129,7 @@ class BigGAN(nn.Module):
         shared = self.shared.expand(len(z), -1) if feature is None else self.shared_feat(feature)
         if labels is not None:
             shared = torch.cat([self.shared(labels), shared], 1)
-        x = self.linear(first).unflatten(1, (-1, 4, 4))
+        x = self.linear(torch.cat([shared, first], 1) if self.layout else first).unflatten(1, (-1, 4, 4))
         for layers, chunk in zip(self.blocks, chunks):
             for layer in layers:
                 x = layer(x, torch.cat([shared, chunk], 1))

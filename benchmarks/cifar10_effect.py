@@ -16,7 +16,8 @@ Controls take in place of the generated view
 - retrieval: the nearest other image by tiny/clip's embedding (strategy: retrieval of gen_views.py);
 - reconstruction: what the generator's autoencoder keeps of the image itself.
 
-rows=gencl: two crops, and views of tiny/icgan and tiny/maskgit in 25, 50, 75 and 100 % of the pairs (GenCL's gamma).
+rows=gencl: two crops, and views of tiny/icgan and tiny/maskgit in 25, 50, 75 and 100 % of the pairs (GenCL's gamma);
+with figure=docs/gamma.png as a picture, of the rows in `precision`.
 
 judge: a CIFAR-10 classifier that had no part in any of this (ResNet-56 of github.com/akamaster/pytorch_resnet_cifar10).
 With it the last lines tell how often views keep the class of their source, and whether the quality of a pair (eq. 12)
@@ -130,8 +131,23 @@ def judged(path):
               + f'); area under the curve of the pair quality {area_under_curve(quality, kept):.3f}')
 
 
+def draw(path, done):
+    """Top-1 over gamma, mean and standard deviation over the seeds."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(7, 3), layout='constrained')
+    for axis, key in zip(figure.subplots(1, 2), ('knn', 'linear')):
+        for views in GENCL:
+            points = [(gamma, [r[key] for r in done if r['row'] == (f'{views}_{gamma:g}' if gamma else 'two_crops')])
+                      for gamma in (0, *GAMMAS)]
+            gammas, mean, spread = zip(*((gamma, np.mean(v), np.std(v, ddof=1)) for gamma, v in points if len(v) > 1))
+            axis.errorbar(gammas, mean, spread, label=f'tiny/{views}', marker='o', capsize=3)
+        axis.set(xlabel='gamma (data.alpha)', ylabel=f'{key} top-1', xticks=(0, *GAMMAS))
+    axis.legend()
+    figure.savefig(path, dpi=120)
+
+
 def main():
-    options = bench.options(rows=','.join(ROWS), seeds='0,1,2', judge='')
+    options = bench.options(rows=','.join(ROWS), seeds='0,1,2', judge='', figure='', precision='bfloat16')
     rows = SETS.get(options['rows'], [row for row in options['rows'].split(',') if row])
     if unknown := set(rows) - set(ROWS):
         sys.exit(f'no row {", ".join(unknown)}; there are {", ".join(ROWS)}')
@@ -153,6 +169,8 @@ def main():
                                                     f'data.beton={RUN}/{views}/pairs.beton', *keys],
                           ['yamls/linear_eval/effect.yaml', f'train_beton={RUN}/{views}/pairs.beton'])
     bench.table(bench.results(RESULTS), {row: title for row, (_, _, title) in ROWS.items()}, 'two_crops')
+    if options['figure']:
+        draw(options['figure'], [r for r in bench.results(RESULTS) if r['precision'] == options['precision']])
     if options['judge']:
         judged(options['judge'])
 

@@ -159,12 +159,17 @@ def test_view_depends_on_seed_and_index_alone(settings, tmp_path):
         assert np.abs(views[i].astype(int) - seeded[i]).mean() > 2
 
 
-def test_killed_run_goes_on_and_equals_an_undisturbed_one(settings, tmp_path):
+@pytest.mark.parametrize('kind', ['unclip', 'icgan', 'maskgit'])
+def test_killed_run_goes_on_and_equals_an_undisturbed_one(settings, stage1, tmp_path, kind):
+    if kind != 'unclip':  # the embedded ones
+        settings['generator'] = {'kind': kind, 'model': str(ROOT / 'tiny' / kind), 'precision': 'fp32'}
+        shutil.copytree(stage1, tmp_path / 'stage1')
+        np.save(tmp_path / 'stage1/embeddings.npy', np.random.default_rng(0).normal(size=(N, 192)).astype(np.float16))
+        settings['proportions'] = str(tmp_path / 'stage1') if kind == 'icgan' else ''
     whole = generate(settings, tmp_path)
     path = tmp_path / 'killed.yaml'
     killed = tmp_path / 'killed'
-    path.write_text(yaml.safe_dump({**settings, 'output': str(killed), 'generator': {
-        **settings['generator']}}))
+    path.write_text(yaml.safe_dump({**settings, 'output': str(killed)}))
     for left in (0, 1, 3):  # killed three times: at a random moment after so many chunks
         job = subprocess.Popen(command(path), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.time() + 120

@@ -13,12 +13,15 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'tiny')]
+import gen_views  # noqa: E402
 import report  # noqa: E402
 import train  # noqa: E402
+from config import default_config  # noqa: E402
 from frozen_clip import FrozenClip  # noqa: E402
-from generators import UnCLIP  # noqa: E402
+from generators import ICGAN, UnCLIP  # noqa: E402
 from latents import LatentGenerator  # noqa: E402
 from loss import pair_quality  # noqa: E402
+from maskgit import MaskGIT  # noqa: E402
 
 SPEC = {'model': str(ROOT / 'tiny/unclip'), 'fallbacks': [], 'steps': 20, 'guidance_scale': 3.0, 'precision': 'fp32'}
 
@@ -143,27 +146,57 @@ def test_tokens_of_trains_what_open_clip_runs():
     torch.testing.assert_close(some[:, 1:].flip(1), out[:, 1:], rtol=1e-4, atol=1e-4)
 
 
-def test_views_follow_their_condition_and_wander_with_the_noise_level():
+@pytest.mark.parametrize('kind', ['unclip', 'icgan'])
+def test_views_follow_their_condition_and_wander_with_the_noise_level(kind):
     """Views of 24 drawn embeddings, encoded again: nearest to their own condition several times as often as chance
     (1 in 24) would have it, and less and less alike at higher levels."""
-    clip, generator = FrozenClip({'model': str(ROOT / 'tiny/clip')}), UnCLIP(SPEC, torch.device('cpu'))
-    normalizer = generator.pipeline.image_normalizer
-    noise = torch.randn(24, generator.embedding_dim, generator=torch.Generator().manual_seed(0))
-    conditions = normalizer.unscale(noise).detach()
+    clip = FrozenClip({'model': str(ROOT / 'tiny/clip')})
+    noise = torch.randn(24, 192, generator=torch.Generator().manual_seed(0))
+    if kind == 'unclip':
+        generator = UnCLIP(SPEC, torch.device('cpu'))
+        scale, unscale = generator.pipeline.image_normalizer.scale, generator.pipeline.image_normalizer.unscale
+    else:
+        generator = ICGAN({'model': str(ROOT / 'tiny/icgan'), 'condition': 'stored', 'noise': {'truncation': 0.0}},
+                          torch.device('cpu'))
+        center, spread = generator.network.feature_mean, generator.network.feature_std
+        scale, unscale = (lambda x: (x - center) / spread), (lambda x: x * spread + center)
+    assert generator.embedding_dim == clip.embedding_dim
+    conditions = unscale(noise).detach()
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (clip.mean, clip.std))
     similarity = []
     for level in (0, 400, 900):
         views = generator.views(conditions.numpy(), np.full(24, level), list(range(24)))
         assert views.shape == (24, 32, 32, 3) and views.std((1, 2, 3)).min() > 5
         pixels = torch.from_numpy(views).permute(0, 3, 1, 2) / 255
-        found = normalizer.scale(clip.forward((pixels - mean) / std)[1]).detach()
-        cosine = torch.nn.functional.cosine_similarity(
-            found[:, None], normalizer.scale(conditions).detach()[None], dim=2)
+        found = scale(clip.forward((pixels - mean) / std)[1]).detach()
+        cosine = torch.nn.functional.cosine_similarity(found[:, None], scale(conditions).detach()[None], dim=2)
         own, others = cosine.diagonal().mean().item(), (cosine.sum() - cosine.trace()).item() / (24 * 23)
         similarity.append(own - others)
         if level == 0:
             assert (cosine.argmax(1) == torch.arange(24)).float().mean() > 4 / 24 - 1e-6
     assert similarity[0] > similarity[1] > similarity[2]
+
+
+def test_a_mask_of_more_keeps_less_of_the_image():
+    """MaskGIT's views of the 20 images of tiny/views.png: nearest to their own image's embedding most of the time, also
+    with all but the outer ring drawn; the fewer tokens are drawn the nearer; another seed draws another view."""
+    clip, images = FrozenClip({'model': str(ROOT / 'tiny/clip')}), shipped_images()[0]
+    pil = [Image.fromarray((image.permute(1, 2, 0) * 255).byte().numpy()) for image in images]
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (clip.mean, clip.std))
+    mask = default_config(gen_views.DEFAULTS)['generator']['mask']
+    encode, found = lambda x: clip.forward((x - mean) / std)[1], []
+    for share in (1.0, 0.5, 0.1):
+        spec = {'model': str(ROOT / 'tiny/maskgit'), 'precision': 'fp32', 'mask': {**mask, 'share': share}}
+        generator = MaskGIT(spec, torch.device('cpu'), 0)
+        assert (generator.side, generator.resolution) == (8, 32)
+        views, other = (torch.from_numpy(generator.views(generator.embed(pil), [0] * 20, seeds)) / 255
+                        for seeds in (range(20), range(20, 40)))
+        assert (views - other).abs().flatten(1).mean(1).min() > 0 or share < 0.5
+        cosine = torch.nn.functional.cosine_similarity(encode(views.permute(0, 3, 1, 2))[:, None],
+                                                       encode(images)[None], dim=2)
+        assert (cosine.argmax(1) == torch.arange(20)).float().mean() > 0.5
+        found.append(cosine.diagonal().mean().item())
+    assert found[0] < found[1] < found[2]
 
 
 def test_a_tenth_of_a_batch_has_no_condition_and_none_of_the_first():

@@ -17,6 +17,7 @@ import sys
 import time
 from pathlib import Path
 
+import open_clip
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -25,13 +26,13 @@ from safetensors.torch import save_file
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 from gan import BigGAN  # noqa: E402
-from train import (APPEARANCE, CLASSES, SEMANTIC, autocast, embeddings_of, load, parser_of, read, save,  # noqa: E402
-                   schedulers, teacher_model, training_images)
+from train import (APPEARANCE, CLASSES, MEAN, SEMANTIC, STD, autocast, embeddings_of, load, parser_of, read,  # noqa: E402
+                   save, schedulers, teacher_model, training_images)
 
 NETWORK = dict(widths=[256, 224, 192, 128, 80, 40], up=[0, 1, 0, 1, 1], chunk=20, shared=128)
 KINDS = {  # keys of config.json, steps of 64
     'gan': (NETWORK | {'chunk': 32, 'shared': 8}, 2100),
-    'icgan': (NETWORK | {'feature': 193, 'levels': True}, 10000)}
+    'icgan': (NETWORK | {'shared': 192, 'feature': 193, 'levels': True, 'layout': True}, 5000)}
 ORDER = sorted(range(192), key=lambda i: i / SEMANTIC if i < SEMANTIC else (i - SEMANTIC) / APPEARANCE)
 #       of the embedding's dimensions in the latent of `gan`: leading components first, of subject and layout alike
 SIDE = 64  # pixels that the teacher sees: at 32 its first maps would be its last
@@ -83,21 +84,20 @@ def condition_of(embeddings, level, generator):
 
 
 def material(args, device):
-    """Images (N, 3, 32, 32) and their embeddings as they are and mirrored (N, 2, D)."""
+    """Images (N, 3, 32, 32), their embeddings as they are and mirrored (N, 2, D), and what makes them."""
     root, path = Path(args.data), args.work / 'gan_embeddings.pt'
     images = read(sum((training_images(root, wnid) for wnid in (root / 'wnids.txt').read_text().split()
                        if wnid in CLASSES), []))
+    visual = open_clip.create_model(f'local-dir:{HERE / "clip"}').visual.to(device).eval().requires_grad_(False)
     if not path.exists():
-        import open_clip
-        visual = open_clip.create_model(f'local-dir:{HERE / "clip"}').visual.to(device).eval()
         save(path, embeddings_of(visual, images, device))
-    return images, load(path)
+    return images, load(path), visual
 
 
 def train(args, device):
     config, steps = KINDS[args.stage]
     batch, steps, path = args.batch_size or 64, args.steps or steps, args.work / f'{args.stage}.ckpt'
-    images, embeddings = material(args, device)
+    images, embeddings, visual = material(args, device)
     mean, std = embeddings.mean((0, 1)), embeddings.std((0, 1))
     embeddings = (embeddings - mean) / std
     teacher = teacher_model(args, device)
@@ -165,8 +165,16 @@ def train(args, device):
         with autocast(device):
             adversarial = -discriminator(maps, meant).float().mean()
         cosine = F.cosine_similarity(*((x[:told] - centre) / spread for x in (pooled, real_pooled))).mean()
+        deep = slice(1 if 'feature' in config else 2, None)
         likeness = sum((F.normalize(a[:told], dim=1) - F.normalize(b[:told], dim=1)).square().sum(1).mean()
-                       for a, b in zip(maps[2:], real_maps[2:])) / 2
+                       for a, b in zip(maps[deep], real_maps[deep])) / 2
+        if 'feature' in config:                          # the embedding has a thumbnail of 8 x 8
+            likeness = likeness + 5 * F.mse_loss(F.avg_pool2d(fake.float(), 4), F.avg_pool2d(real, 4))
+            with autocast(device):
+                again = visual(((fake.float() * 0.5 + 0.5) - MEAN.to(device)) / STD.to(device))
+            standard = (again.float() - mean.to(device)) / std.to(device)
+            echo = F.cosine_similarity(standard, embeddings[indices, mirrored].to(device)).mean()
+            likeness = likeness + 10 * (1 - echo)
         optimizers[0].zero_grad()
         (adversarial + 10 * (1 - cosine) + likeness).backward()
         optimizers[0].step()
@@ -178,7 +186,7 @@ def train(args, device):
             average[key].lerp_(value, 1 - decay)
         variety = (pooled[-told:].std(0).mean() / real_pooled[-told:].std(0).mean()).detach()  # 0: collapsed
         for name, value in (('discriminator', loss), ('adversarial', adversarial), ('cosine', cosine),
-                            ('variety', variety)):
+                            ('variety', variety), *([('echo', echo)] if 'feature' in config else [])):
             seen[name] = 0.98 * seen.get(name, value.item()) + 0.02 * value.item()
         if step % 50 == 0 or step == steps:
             spent = seconds + time.time() - start

@@ -75,7 +75,7 @@ def vqgan(args, device):
     def report():
         return ''.join(f'  {k} {v:.3f}' for k, v in seen.items())
 
-    train('vqgan', args, model, loss_of, 1e-3, args.steps or 4000, 64, len(images), device, report, ema_decay=0.998)
+    train('vqgan', args, model, loss_of, 1e-3, args.steps or 2000, 64, len(images), device, report, ema_decay=0.998)
     model.half().save_pretrained(OUT / 'vqgan')
 
 
@@ -92,7 +92,8 @@ def transformer(args, device):
         save(path, dict(codes=torch.stack([torch.cat(side) for side in zip(*codes)], 1), labels=labels))
     data = load(path)
     torch.manual_seed(args.seed)
-    model = Transformer(CODES, len(CLASSES), SIDE * SIDE, width=192, depth=8, heads=6, hidden=768).to(device)
+    model = Transformer(CODES, len(CLASSES), SIDE * SIDE, width=192, depth=8, heads=6, hidden=768, dropout=0.0)
+    model.to(device)
     nn.init.normal_(model.tok_emb.weight, std=0.02)      # the logits are products with it
 
     def loss_of(indices, generator, progress):
@@ -105,7 +106,7 @@ def transformer(args, device):
             logits = model(torch.where(masked, CODES, whole).to(device), labels.to(device))
         return F.cross_entropy(logits[masked.to(device)].float(), whole[masked].to(device), label_smoothing=0.1)
 
-    train('transformer', args, model, loss_of, 1e-3, args.steps or 10000, 128, len(data['codes']), device,
+    train('transformer', args, model, loss_of, 1e-3, args.steps or 4000, 64, len(data['codes']), device,
           ema_decay=0.999)
     (OUT / 'config.json').write_text(json.dumps(dict(heads=6, classes=len(CLASSES))) + '\n')
     save_file({k: v.half().cpu().contiguous() for k, v in model.state_dict().items()}, OUT / 'transformer.safetensors')
