@@ -28,9 +28,9 @@ from config import load_config  # noqa: E402
 STAGES = {module.__name__: module for module in (fg_proportion, gen_views, pretrain, linear_eval, semi_eval,
                                                  detect_eval, view_eval, train_walker, train_discriminator)}
 FILES = sorted((path.parent.name, path.stem) for path in (ROOT / 'yamls').glob('*/*.yaml'))
-NO_ROW = {'demo', 'demo_quality', 'demo_test', 'effect', 'effect_quality', 'effect_train', 'folder', 'folder_quality',
-          'folder_small', 'folder_small_quality', 'folder_small_test', 'folder_test', 'latent_effect',
-          'sanity'}  # not of a paper
+NO_ROW = {'cifar10_icgan', 'cifar10_maskgit', 'demo', 'demo_quality', 'demo_test', 'effect', 'effect_quality',
+          'effect_train', 'folder', 'folder_quality', 'folder_small', 'folder_small_quality', 'folder_small_test',
+          'folder_test', 'latent_effect', 'sanity'}  # not of a paper
 PRETRAIN = [name for stage, name in FILES if stage == 'pretrain']
 
 

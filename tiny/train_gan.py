@@ -32,7 +32,7 @@ from train import (APPEARANCE, CLASSES, MEAN, SEMANTIC, STD, autocast, embedding
 NETWORK = dict(widths=[256, 224, 192, 128, 80, 40], up=[0, 1, 0, 1, 1], chunk=20, shared=128)
 KINDS = {  # keys of config.json, steps of 64
     'gan': (NETWORK | {'chunk': 32, 'shared': 8}, 2100),
-    'icgan': (NETWORK | {'shared': 192, 'feature': 193, 'levels': True, 'layout': True}, 5000)}
+    'icgan': (NETWORK | {'widths': [192, 192, 160, 96, 64, 32], 'feature': 193, 'levels': True, 'layout': True}, 3600)}
 ORDER = sorted(range(192), key=lambda i: i / SEMANTIC if i < SEMANTIC else (i - SEMANTIC) / APPEARANCE)
 #       of the embedding's dimensions in the latent of `gan`: leading components first, of subject and layout alike
 SIDE = 64  # pixels that the teacher sees: at 32 its first maps would be its last

@@ -92,7 +92,7 @@ def transformer(args, device):
         save(path, dict(codes=torch.stack([torch.cat(side) for side in zip(*codes)], 1), labels=labels))
     data = load(path)
     torch.manual_seed(args.seed)
-    model = Transformer(CODES, len(CLASSES), SIDE * SIDE, width=192, depth=8, heads=6, hidden=768, dropout=0.0)
+    model = Transformer(CODES, len(CLASSES), SIDE * SIDE, width=144, depth=6, heads=4, hidden=576, dropout=0.0)
     model.to(device)
     nn.init.normal_(model.tok_emb.weight, std=0.02)      # the logits are products with it
 
@@ -108,7 +108,7 @@ def transformer(args, device):
 
     train('transformer', args, model, loss_of, 1e-3, args.steps or 4000, 64, len(data['codes']), device,
           ema_decay=0.999)
-    (OUT / 'config.json').write_text(json.dumps(dict(heads=6, classes=len(CLASSES))) + '\n')
+    (OUT / 'config.json').write_text(json.dumps(dict(heads=4, classes=len(CLASSES))) + '\n')
     save_file({k: v.half().cpu().contiguous() for k, v in model.state_dict().items()}, OUT / 'transformer.safetensors')
 
 
