@@ -17,7 +17,7 @@ Controls take in place of the generated view
 - reconstruction: what the generator's autoencoder keeps of the image itself.
 
 rows=gencl: two crops, and views of tiny/icgan and tiny/maskgit in 25, 50, 75 and 100 % of the pairs (GenCL's gamma);
-with figure=docs/gamma.png as a picture, of the rows in `precision`.
+with figure=docs/gamma.png as a picture, of these seeds in `precision`.
 
 judge: a CIFAR-10 classifier that had no part in any of this (ResNet-56 of github.com/akamaster/pytorch_resnet_cifar10).
 With it the last lines tell how often views keep the class of their source, and whether the quality of a pair (eq. 12)
@@ -135,13 +135,13 @@ def draw(path, done):
     """Top-1 over gamma, mean and standard deviation over the seeds."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(7, 3), layout='constrained')
-    for axis, key in zip(figure.subplots(1, 2), ('knn', 'linear')):
+    for axis, key, name in zip(figure.subplots(1, 2), ('knn', 'linear'), ('kNN', 'linear')):
         for views in GENCL:
             points = [(gamma, [r[key] for r in done if r['row'] == (f'{views}_{gamma:g}' if gamma else 'two_crops')])
                       for gamma in (0, *GAMMAS)]
             gammas, mean, spread = zip(*((gamma, np.mean(v), np.std(v, ddof=1)) for gamma, v in points if len(v) > 1))
             axis.errorbar(gammas, mean, spread, label=f'tiny/{views}', marker='o', capsize=3)
-        axis.set(xlabel='gamma (data.alpha)', ylabel=f'{key} top-1', xticks=(0, *GAMMAS))
+        axis.set(xlabel='gamma (data.alpha)', ylabel=f'{name} top-1', xticks=(0, *GAMMAS))
     axis.legend()
     figure.savefig(path, dpi=120)
 
@@ -162,7 +162,8 @@ def main():
             else:
                 stage('gen_views.py', 'yamls/gen_views/effect.yaml', f'output={RUN}/{views}',
                       *GENCL.get(views, [f'strategy={views}']))
-    for seed in map(int, options['seeds'].split(',')):  # seed by seed: a part of the table is a table
+    seeds = list(map(int, options['seeds'].split(',')))
+    for seed in seeds:                                   # seed by seed: a part of the table is a table
         for row in rows:
             views, keys, _ = ROWS[row]
             bench.measure(RESULTS, RUN, row, seed, ['yamls/pretrain/effect.yaml',
@@ -170,7 +171,8 @@ def main():
                           ['yamls/linear_eval/effect.yaml', f'train_beton={RUN}/{views}/pairs.beton'])
     bench.table(bench.results(RESULTS), {row: title for row, (_, _, title) in ROWS.items()}, 'two_crops')
     if options['figure']:
-        draw(options['figure'], [r for r in bench.results(RESULTS) if r['precision'] == options['precision']])
+        draw(options['figure'], [r for r in bench.results(RESULTS)
+                                 if r['precision'] == options['precision'] and r['seed'] in seeds])
     if options['judge']:
         judged(options['judge'])
 
