@@ -9,6 +9,9 @@ BigGAN's generator against discriminators that see the teacher's maps in place o
 standardised embeddings of images, noised, and what is drawn from them shall look to the teacher like the image; the
 others are normal noise. The discriminator sees image and latent together, as BigBiGAN's.
 
+What `icgan` draws shall besides have the image's thumbnail and, encoded again, its embedding: that took the cosine of
+the two from 0.47 to 0.74 in 600 steps. Its first layer sees the condition too (`layout`), or it could place nothing.
+
 All see the 61 classes of Tiny-ImageNet-200 of tiny/train.py, never CIFAR-10. The same command goes on where a killed
 one stopped; --steps sets how long. tiny/report_gan.py measures what came out.
 """
