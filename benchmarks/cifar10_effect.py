@@ -139,8 +139,8 @@ def draw(path, done):
         for views in GENCL:
             points = [(gamma, [r[key] for r in done if r['row'] == (f'{views}_{gamma:g}' if gamma else 'two_crops')])
                       for gamma in (0, *GAMMAS)]
-            points = [(gamma, np.mean(v), np.std(v, ddof=1)) for gamma, v in points if len(v) > 1]
-            axis.errorbar(*zip(*points or [(0, np.nan, np.nan)]), label=f'tiny/{views}', marker='o', capsize=3)
+            if points := [(gamma, np.mean(v), np.std(v, ddof=1)) for gamma, v in points if len(v) > 1]:
+                axis.errorbar(*zip(*points), label=f'tiny/{views}', marker='o', capsize=3)
         axis.set(xlabel='gamma (data.alpha)', ylabel=f'{name} top-1', xticks=(0, *GAMMAS))
     axis.legend()
     figure.savefig(path, dpi=120)
