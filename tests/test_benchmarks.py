@@ -16,7 +16,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / 'benchmarks')]  # in this order: both have
 import gen_views  # noqa: E402
 import pretrain  # noqa: E402
 from config import load_config  # noqa: E402
-from data import PairLoader, open_beton  # noqa: E402
+from data import PairLoader, open_beton, write_beton  # noqa: E402
 from files import save_json  # noqa: E402
 
 from conftest import picture, small_gan  # noqa: E402
@@ -157,6 +157,26 @@ def test_controls_are_betons_like_those_of_views(tmp_path, monkeypatch):
     assert any((a != seen['same_class_100'][0]).any() for a in seen['same_class_100'])  # several partners an image
     difference = np.abs(seen['reconstruction'][0].astype(float) - images)
     assert 0 < difference.mean() < 15 and (seen['reconstruction'][0] == seen['reconstruction'][1]).all()
+
+
+def test_same_class_takes_other_anchors_of_the_class_that_the_judge_finds(tmp_path, monkeypatch):
+    anchors = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8) // 2
+    anchors[::2] += 128                                     # bright ones are class 1
+    folder = tmp_path / latent.RUN / 'none'
+    folder.mkdir(parents=True)
+    write_beton(folder / 'pairs.beton', lambda i: (anchors[i], anchors[(i + 1) % 20], -1, i, 0), 20, {})
+    judge = lambda path, device: lambda x: (torch.stack([0.5 - x.mean((1, 2, 3)), x.mean((1, 2, 3)) - 0.5], 1), None)
+    monkeypatch.setattr(importlib.import_module('report'), 'published_judge', judge)
+    monkeypatch.setattr(latent, 'ROOT', tmp_path)
+    latent.write_same_class('judge.th')
+    seen, classes, found = latent.judged('same_class', 'judge.th')
+    assert (seen == anchors).all() and (classes == found).all() and classes.tolist() == [1, 0] * 10
+    assert (latent.judged('none', 'judge.th')[2] != classes).all()
+    plain = dict(size=32, crop_scale=None)
+    loader = PairLoader(tmp_path / latent.RUN / 'same_class/pairs.beton', [plain, plain], 1.0, 'second', batch_size=20,
+                        seed=0, num_workers=1, shuffle=False)
+    positives = next(loader.epoch(0))['views'][1].permute(0, 2, 3, 1).numpy()
+    assert (positives != anchors).any((1, 2, 3)).all() and all((p == anchors).all((1, 2, 3)).any() for p in positives)
 
 
 @pytest.mark.parametrize('module, rows', [(effect, 63), (methods, 18), (latent, 24)])
