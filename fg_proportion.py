@@ -50,7 +50,8 @@ clip:
   pretrained: !text null    # hub tag or local weights file of an architecture; null for a folder or hub id
   image_size: !int null     # pixels; null: the model's own
 pca_images: 10000           # random images for the component, sign and threshold (appendix A)
-pca: !text null             # .npy with a published component, (K,) or (K, 1), to use in place of our own
+pca: !text null             # component to use in place of our own: .npy as published, (K,) or (K, 1), or another
+                            # run's fg_proportion.npz
 sign: !int null             # 1 or -1 turns the component by hand; null: by the rule
 foreground_share: 0.40      # share of tokens that are foreground over the pca images (appendix A)
 proportions: true           # false: stop at the component (for the encoder of the quality loss)
@@ -112,24 +113,6 @@ def first_component(count, total, outer):
     return pc * np.sign(pc[np.abs(pc).argmax()]), mean, covariance
 
 
-def published_component(path, width):
-    """Component from a .npy of shape (K,) or (K, 1), scaled to length 1. Returns (K,) float64."""
-    try:
-        pc = load_arrays(path)
-    except Fail as error:
-        raise Fail(f'pca: {error}') from None
-    if pc.ndim not in (1, 2) or pc.shape[1:] not in ((), (1,)):
-        raise Fail(f'pca: {path}: must be one .npy array of shape (K,) or (K, 1), not {pc.shape}')
-    if len(pc) != width:
-        raise Fail(f'pca: {path}: has {len(pc)} entries, but the tokens of this encoder have {width}: '
-                   'it belongs to another encoder')
-    pc = pc.reshape(-1).astype(np.float64)
-    length = np.linalg.norm(pc)
-    if not np.isfinite(length) or length == 0:
-        raise Fail(f'pca: {path}: holds zeros or values that are not finite')
-    return pc / length
-
-
 def middle_and_border(projection, sign, share):
     """Shares of foreground among the central and among the border tokens when `sign` * projection is thresholded so
     that `share` of all tokens are foreground. projection: (N, H, W). Returns two numbers in [0, 1]."""
@@ -162,8 +145,8 @@ def choose_sign(projection, share, forced=None):
 
 def position_share(projection):
     """Share of the variance of projections (N, H, W) that the token's position alone explains: 1 where the map is the
-    same in all images, 0 where every position has the same mean."""
-    return projection.mean(0).var() / projection.var()
+    same in all images, 0 where every position has the same mean (or all projections are equal)."""
+    return projection.mean(0).var() / max(projection.var(), 1e-30)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -348,7 +331,7 @@ def main(config):
 
 def measure(config, folder):
     parts = folder / 'parts'  # what is finished of an unfinished run
-    from frozen_clip import FrozenClip  # here, because it takes seconds and a mistake in the YAML should not
+    from frozen_clip import FrozenClip, load_component  # here: it takes seconds, a mistake in the YAML should not
     processes = Processes(config['device'])
     automatic = 'fp16' if processes.device.type == 'cuda' else 'fp32'
     dtype = precision_dtype(automatic if config['precision'] == 'auto' else config['precision'], processes.device)
@@ -359,7 +342,7 @@ def measure(config, folder):
         source = source_dataset({**config['dataset'], 'download': False})
     clip = FrozenClip(config['clip'], processes.device)
     pca_count = min(config['pca_images'], len(source))
-    published = published_component(config['pca'], clip.token_dim) if config['pca'] is not None else None
+    published = load_component('pca', config['pca'], clip) if config['pca'] is not None else None
     if (parts / 'run.npz').is_file():
         old = load_arrays(parts / 'run.npz', f'delete {folder} to start again', ('encoder', 'images', 'identities'))
         if (str(old['encoder']), int(old['images'])) != (clip.fingerprint(), len(source)):

@@ -134,34 +134,37 @@ def _clip_source(spec, open_clip):
     return f'local-dir:{folder}', None, image_size
 
 
+def load_component(setting, path, clip):
+    """First principal component of the tokens of `clip`: `pc` of stage 1's fg_proportion.npz, or a .npy of shape (K,)
+    or (K, 1). Returns it scaled to length 1, (K,) float64. setting: the YAML's key that names it, for messages."""
+    whole, again = str(path).endswith('.npz'), 'run fg_proportion.py with this encoder'
+    try:
+        found = load_arrays(path, f'{again} again', () if whole else None)
+    except Fail as error:
+        raise Fail(f'{setting}: {error}') from None
+    pc, encoder = (found.get('pc', np.zeros(0)), str(found.get('encoder', ''))) if whole else (found, '')
+    if pc.ndim not in (1, 2) or pc.shape[1:] not in ((), (1,)) or pc.dtype.kind not in 'fiu' \
+            or not np.isfinite(pc).all() or not pc.any():
+        raise Fail(f'{setting}: {path}: no principal component in it: it must be of shape (K,) or (K, 1), finite and '
+                   'not zero')
+    pc = pc.reshape(-1).astype(np.float64)
+    if len(pc) != clip.token_dim:
+        raise Fail(f'{setting}: {path} has width {len(pc)}, the tokens of this encoder have {clip.token_dim}: {again}')
+    if encoder not in ('', clip.fingerprint()):
+        raise Fail(f'{setting}: {path} was made with other weights than this encoder: {again}')
+    return pc / np.linalg.norm(pc)
+
+
 class Quality:
     """Weights of a batch of pairs from the frozen encoder (GenView eq. 10-14), which sees the very same views.
 
     All pairs are weighted, those without a synthetic view too, as in the official code."""
 
     def __init__(self, config, device):
-        path = Path(config['pc'] or '')
-        if not path.is_file():
+        if not Path(config['pc'] or '').is_file():
             raise Fail(f"quality.pc: {config['pc']}: no such file; fg_proportion.py writes it as fg_proportion.npz")
-        whole = path.suffix == '.npz'
-        try:
-            loaded = load_arrays(path, 'run fg_proportion.py with this encoder again', () if whole else None)
-            pc = np.asarray(loaded['pc'] if whole else loaded, np.float32)
-            if pc.shape not in ((pc.size,), (pc.size, 1)) or not np.isfinite(pc).all() or not pc.any():
-                raise ValueError('it must be of shape (K,) or (K, 1), finite and not zero')
-            pc = pc.reshape(-1)
-            encoder = str(loaded['encoder']) if whole and 'encoder' in loaded else None
-        except (Fail, KeyError, TypeError, ValueError) as error:
-            raise Fail(f'quality.pc: {error}' if isinstance(error, Fail) else
-                       f'quality.pc: {path}: no principal component in it ({error})') from None
         self.clip, self.temperature = FrozenClip(config['clip'], device), config['temperature']
-        if len(pc) != self.clip.token_dim:
-            raise Fail(f"quality.pc: {path} has width {len(pc)}, tokens of {config['clip']['model']} have "
-                       f'{self.clip.token_dim}: run fg_proportion.py with this encoder')
-        if encoder not in (None, self.clip.fingerprint()):
-            raise Fail(f"quality.pc: {path} was made with other weights than {config['clip']['model']}: run "
-                       'fg_proportion.py with this encoder')
-        self.pc = torch.from_numpy(pc).to(device)
+        self.pc = torch.from_numpy(load_component('quality.pc', config['pc'], self.clip)).float().to(device)
 
     @torch.no_grad()
     def __call__(self, view_1, view_2):

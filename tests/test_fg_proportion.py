@@ -106,6 +106,7 @@ def test_position_share():
     for scale in (0, 0.5, 3):
         share = scale ** 2 * place.var() / (scale ** 2 * place.var() + 1)
         assert fg_proportion.position_share(scale * place + noise) == pytest.approx(share, abs=0.01)
+    assert fg_proportion.position_share(np.ones((5, 4, 4), np.float32)) == 0
 
 
 def test_a_foreground_that_is_a_fixed_spot_is_warned_of(clips, images, tmp_path, capsys):
@@ -402,6 +403,8 @@ def test_published_component_and_sign_by_hand(stage, run, clips, images, tmp_pat
     np.testing.assert_allclose(got['pc'], expected['pc'], atol=1e-6)
     assert got['explained'] == pytest.approx(float(expected['explained']), abs=1e-5)
     assert np.nanmax(np.abs(got['proportion'] - expected['proportion'])) <= 1 / 64
+    stage(path, f"output={tmp_path / 'again'}", f"pca={run[0] / 'fg_proportion.npz'}")  # and from another run
+    np.testing.assert_allclose(load(tmp_path / 'again')['pc'], expected['pc'], atol=1e-6)
 
 
 def test_bfloat16_changes_little(stage, run, clips, images, tmp_path):
@@ -435,10 +438,10 @@ def test_missing_yaml_is_one_line_and_code_2(tmp_path):
     ({'batch_size': 0}, 'batch_size: 0 must be a whole number from 1'),
     ({'foreground_share': 1.0}, 'foreground_share: 1.0 must be a number from 0.001 to 0.999'),
     ({'sign': 2}, 'sign: 2 is none of 1, -1'), ({'precision': 'fp8'}, "precision: 'fp8' is unknown"),
-    ({'pca': 'wide.npy'}, 'wide.npy: has 25 entries, but the tokens of this encoder have 24'),
-    ({'pca': 'flat.npy'}, 'flat.npy: must be one .npy array of shape'),
+    ({'pca': 'wide.npy'}, 'wide.npy has width 25, the tokens of this encoder have 24'),
+    ({'pca': 'flat.npy'}, 'flat.npy: no principal component in it: it must be of shape'),
     ({'pca': 'text.npy'}, 'text.npy: is text'),
-    ({'pca': 'zero.npy'}, 'zero.npy: holds zeros')])
+    ({'pca': 'zero.npy'}, 'zero.npy: no principal component in it')])
 def test_impossible_values_leave_nothing_behind(change, words, clips, images, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     np.save('wide.npy', np.ones(25))
