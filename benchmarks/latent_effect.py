@@ -3,21 +3,21 @@ embedded GAN (tiny/gan) alone, probed on CIFAR-10, which that has not seen.
 
     python benchmarks/latent_effect.py                                # all rows, seeds 0, 1, 2
     python benchmarks/latent_effect.py rows=none,hl_random seeds=0    # a part of it
-    python benchmarks/latent_effect.py rows=none,same_class judge=resnet56-4bfd9763.th       # and the positive control
+    python benchmarks/latent_effect.py rows=none,nearest judge=resnet56-4bfd9763.th          # and a control
 
 Rows differ in what makes the positive of an anchor; two crops of the anchor (none) are what they are compared with. All
 share recipe, augmentations, initialisation and data order of a seed. Numbers go to results/latent_effect.json. What is
 finished is not done again; two processes may share the work, other seeds each, once all pairs are there.
 
-judge: a classifier of CIFAR-10 (see cifar10_effect.py). same_class takes as the positive another anchor of the class
-that it finds, which must help if anything can; the last lines tell how often it finds the class of an anchor in its
-positive.
+judge: a classifier of CIFAR-10 (see cifar10_effect.py), for the controls: same_class takes as the positive another
+anchor of the class that it finds, nearest the one that is nearest in its features. The last lines tell how often it
+finds the class of an anchor in its positive.
 """
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 
 import bench
 from bench import ROOT, stage
@@ -48,30 +48,36 @@ ROWS = {  # row: (moves, further keys of gen_views.py, title)
     'hl_random_d': (f'{LOWER}: {noise(1.0)}', [f'latent.discriminator={RUN}/discriminator/discriminator.pt'],
                     'chunks 1 to 5, random 1.0, with discriminator (HL)'),
     'all_random': (f'{ALL}: {noise(1.0)}', [], 'all chunks, random 1.0 (control: also what is seen)'),
-    'same_class': ('', [], 'another anchor of the same class (positive control)'),
+    'same_class': ('', [], 'control: another anchor of the same class'),
+    'nearest': ('', [], 'control: the nearest other anchor'),
 }
+CONTROLS = 'same_class', 'nearest'
 
 
 @torch.no_grad()
 def judged(row, judge):
-    """Anchors (N, 32, 32, 3) of RUN/ROW/pairs.beton, classes (N,) found in them and in their positives."""
+    """Anchors (N, 32, 32, 3) of RUN/ROW/pairs.beton; for them and for their positives what the judge makes of each:
+    scores (N, 10), features (N, D)."""
     from report import published_judge
     judge, plain = published_judge(judge, torch.device('cpu')), dict(size=32, crop_scale=None, resize=32)
     loader = PairLoader(ROOT / RUN / row / 'pairs.beton', [plain, plain], 1.0, 'second', batch_size=250, seed=0,
                         num_workers=1, shuffle=False, drop_last=False)
     anchors, positives = map(torch.cat, zip(*([view.clone() for view in batch['views']] for batch in loader.epoch(0))))
-    return (anchors.permute(0, 2, 3, 1).contiguous().numpy(),
-            *(judge(images / 255)[0].argmax(1).numpy() for images in (anchors, positives)))
+    return (anchors.permute(0, 2, 3, 1).contiguous().numpy(), *(judge(x / 255) for x in (anchors, positives)))
 
 
-def write_same_class(judge):
-    beton = ROOT / RUN / 'same_class/pairs.beton'
-    if not beton.exists():
-        images, classes, _ = judged('none', judge)
-        print('anchors by class:', np.bincount(classes, minlength=10))
-        others = partners(classes, 1.0, 1)[:, 0]
-        beton.parent.mkdir(parents=True, exist_ok=True)
-        write_beton(beton, lambda i: (images[i], images[others[i]], -1, i, 0), len(images), {'control': 'same_class'})
+def write_control(row, judge):
+    beton = ROOT / RUN / row / 'pairs.beton'
+    if beton.exists():
+        return
+    images, (scores, features), _ = judged('none', judge)
+    if row == 'same_class':
+        others = partners(scores.argmax(1).numpy(), 1.0, 1)[:, 0]
+    else:
+        likeness = (unit := F.normalize(features)) @ unit.T
+        others = likeness.fill_diagonal_(-1).argmax(1).numpy()
+    beton.parent.mkdir(parents=True, exist_ok=True)
+    write_beton(beton, lambda i: (images[i], images[others[i]], -1, i, 0), len(images), {'control': row})
 
 
 def main():
@@ -79,9 +85,8 @@ def main():
     rows = [row for row in options['rows'].split(',') if row]
     if unknown := set(rows) - set(ROWS):
         sys.exit(f'no row {", ".join(unknown)}; there are {", ".join(ROWS)}')
-    if 'same_class' in rows and not options['judge']:
-        rows.remove('same_class')
-        print('same_class is left out: it needs judge=FILE')
+    if not options['judge']:
+        rows = [row for row in rows if row not in CONTROLS]
     if rows:
         stage('gen_views.py', 'yamls/gen_views/effect_train.yaml')
         stage('gen_views.py', 'yamls/gen_views/cifar10_test.yaml')
@@ -95,9 +100,9 @@ def main():
     for row in rows:
         moves, keys, _ = ROWS[row]
         stage('gen_views.py', 'yamls/gen_views/latent_effect.yaml', f'latent.chunks={{{moves}}}', *keys,
-              f"output={RUN}/{'none' if row == 'same_class' else row}")
-        if row == 'same_class':
-            write_same_class(options['judge'])
+              f"output={RUN}/{'none' if row in CONTROLS else row}")
+        if row in CONTROLS:
+            write_control(row, options['judge'])
     for seed in map(int, options['seeds'].split(',')):
         for row in rows:
             bench.measure(RESULTS, RUN, row, seed,

@@ -159,24 +159,33 @@ def test_controls_are_betons_like_those_of_views(tmp_path, monkeypatch):
     assert 0 < difference.mean() < 15 and (seen['reconstruction'][0] == seen['reconstruction'][1]).all()
 
 
-def test_same_class_takes_other_anchors_of_the_class_that_the_judge_finds(tmp_path, monkeypatch):
-    anchors = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8) // 2
-    anchors[::2] += 128                                     # bright ones are class 1
+def test_controls_of_the_latent_table(tmp_path, monkeypatch):
+    """Another anchor of the class that the judge finds, and the one nearest in its features."""
+    anchors = np.random.default_rng(0).integers(0, 100, (20, 32, 32, 3), dtype=np.uint8)
+    anchors[::2] += 128                                       # bright ones are class 1
     folder = tmp_path / latent.RUN / 'none'
     folder.mkdir(parents=True)
     write_beton(folder / 'pairs.beton', lambda i: (anchors[i], anchors[(i + 1) % 20], -1, i, 0), 20, {})
-    judge = lambda path, device: lambda x: (torch.stack([0.5 - x.mean((1, 2, 3)), x.mean((1, 2, 3)) - 0.5], 1), None)
+
+    def judge(path, device):
+        return lambda x: (torch.stack([0.5 - x.mean((1, 2, 3)), x.mean((1, 2, 3)) - 0.5], 1), x.mean((2, 3)) - 0.4)
     monkeypatch.setattr(importlib.import_module('report'), 'published_judge', judge)
     monkeypatch.setattr(latent, 'ROOT', tmp_path)
-    latent.write_same_class('judge.th')
-    seen, classes, found = latent.judged('same_class', 'judge.th')
-    assert (seen == anchors).all() and (classes == found).all() and classes.tolist() == [1, 0] * 10
-    assert (latent.judged('none', 'judge.th')[2] != classes).all()
+    latent.write_control('same_class', 'judge.th')
+    seen, (scores, _), (found, _) = latent.judged('same_class', 'judge.th')
+    assert (seen == anchors).all() and scores.argmax(1).tolist() == [1, 0] * 10 == found.argmax(1).tolist()
+    assert (latent.judged('none', 'judge.th')[2][0].argmax(1) != found.argmax(1)).all()
+    latent.write_control('nearest', 'judge.th')
+    features = anchors.mean((1, 2)) / 255 - 0.4
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    others = (unit @ unit.T - 2 * np.eye(20)).argmax(1)
     plain = dict(size=32, crop_scale=None)
-    loader = PairLoader(tmp_path / latent.RUN / 'same_class/pairs.beton', [plain, plain], 1.0, 'second', batch_size=20,
-                        seed=0, num_workers=1, shuffle=False)
-    positives = next(loader.epoch(0))['views'][1].permute(0, 2, 3, 1).numpy()
-    assert (positives != anchors).any((1, 2, 3)).all() and all((p == anchors).all((1, 2, 3)).any() for p in positives)
+    for row in latent.CONTROLS:
+        loader = PairLoader(tmp_path / latent.RUN / row / 'pairs.beton', [plain, plain], 1.0, 'second', batch_size=20,
+                            seed=0, num_workers=1, shuffle=False)
+        positives = next(loader.epoch(0))['views'][1].permute(0, 2, 3, 1).numpy()
+        of = [int(np.flatnonzero((p == anchors).all((1, 2, 3)))[0]) for p in positives]
+        assert of == others.tolist() if row == 'nearest' else all(i != k for i, k in enumerate(of))
 
 
 @pytest.mark.parametrize('module, rows', [(effect, 63), (methods, 18), (latent, 24)])
