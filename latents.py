@@ -23,8 +23,9 @@ import gan
 from augment import uniforms
 from checkpoints import NORMALIZATIONS
 from config import Fail
-from files import load_checkpoint, save_checkpoint, unreadable
+from files import load_checkpoint, save_checkpoint, unreadable, weights_checksum
 
+BLOCK = 64              # samples whose images are made at once
 
 # ---------------------------------------------------------------------------------------------------
 # Random numbers
@@ -230,6 +231,11 @@ class Moves:
                 if walker.width != width:
                     raise Fail(f"chunks.{name}: {spec['walker']} is a walker of width {walker.width}, these chunks of "
                                f'{generator.name} have {width}')
+                if walker.chunks not in (None, [first, last]):
+                    raise Fail(f"chunks.{name}: {spec['walker']} was trained on the chunks "
+                               f'{walker.chunks[0]}-{walker.chunks[1]}')
+                if walker.weights not in (None, weights_checksum(generator.name)):
+                    raise Fail(f"chunks.{name}: {spec['walker']} was trained on other weights than {generator.name}")
                 walker.to(generator.device)
             self.parts.append(((first, last), spec['std'], spec['truncation'], walker))
 
@@ -262,8 +268,11 @@ class LatentPairs:
     @torch.no_grad()
     def images(self, indices, number=1):
         """Images in 0..1 (B, 3, size, size) of the anchors and of their positives `number`, which are the anchors where
-        nothing moves."""
-        indices = np.asarray(indices)
+        nothing moves. BLOCK samples at once: attention and the wide blocks take 80 MB an image at 128 px."""
+        parts = [self._block(np.asarray(indices[at:at + BLOCK]), number) for at in range(0, len(indices), BLOCK)]
+        return tuple(map(torch.cat, zip(*parts)))
+
+    def _block(self, indices, number):
         if not self.discriminator:
             return self._made(indices, number)
         candidates = np.stack([2 * indices, 2 * indices + 1], 1).reshape(-1)
@@ -328,6 +337,8 @@ def load_discriminator(path):
     try:
         discriminator = Discriminator(found['width'])
         discriminator.load_state_dict(found['discriminator'])
+        if not all(value.isfinite().all() for value in discriminator.state_dict().values()):
+            raise ValueError('its weights are not finite')
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise unreadable(path, error, 'train it again', 'a discriminator') from None
     return discriminator.eval().requires_grad_(False)
@@ -356,7 +367,8 @@ def save_walker(path, walker, **about):
 
 def load_walker(path):
     """A Walker or Steering, frozen, from a file of train_walker.py or one of COP-Gen's or hierarchical-latent's. None
-    of the code that these name is run. Raises Fail."""
+    of the code that these name is run. Its `chunks` and `weights` (checksum of the generator's) are what it was trained
+    on, None where the file does not tell. Raises Fail."""
     with torch.serialization.safe_globals([(_Shell, name) for name in PICKLED]):
         found = load_checkpoint(path)
     try:
@@ -372,6 +384,7 @@ def load_walker(path):
         walker.load_state_dict(state)
         if not all(value.isfinite().all() for value in walker.state_dict().values()):
             raise ValueError('its weights are not finite')
+        walker.chunks, walker.weights = found.get('chunks'), found.get('weights')
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
         raise unreadable(path, error, 'train it again', 'a walker') from None
     return walker.eval().requires_grad_(False)

@@ -536,14 +536,17 @@ class SimCLR(Method):
 
     Both views share a pass and so batch norm statistics. Projector: hidden layers as wide as the features, no bias,
     normal initialisation of std 0.01, batch norm without shift at its end (norm=False: Linear with bias, ReLU, Linear,
-    as COP-Gen's code); the backbone is initialised as torchvision does. Loss: sum of the two directions as in the
-    official code (paper and SupConLoss: their mean). Zero residuals at the start. Batch norm over the global batch.
+    as COP-Gen's code); the backbone is initialised as torchvision does. Loss: the mean over all views (the paper's)
+    times loss_factor, None: 2, the sum of the two directions as in the official code (SupConLoss, COP-Gen: temperature
+    / 0.07). Zero residuals at the start. Batch norm over the global batch.
     negative_mixing: 0, or a: the negatives of the batch are mixed, see `mixing` and nt_xent."""
     zero_init_residual = True
 
-    def __init__(self, backbone, dim=128, layers=2, norm=True, temperature=0.1, negative_mixing=0.0, **common):
+    def __init__(self, backbone, dim=128, layers=2, norm=True, temperature=0.1, negative_mixing=0.0, loss_factor=None,
+                 **common):
         super().__init__(backbone, **common)
         sizes, self.temperature = [self.backbone.feature_dim] * layers + [dim], temperature
+        self.loss_factor = loss_factor or 2
         self.negative_mixing = negative_mixing
         if norm:
             self.projector = mlp(*sizes).append(nn.BatchNorm1d(dim))
@@ -559,7 +562,7 @@ class SimCLR(Method):
         z1, z2 = F.normalize(self.projector(self.features(torch.cat(views))).float(), dim=1).chunk(2)
         mixed = mixing(self.negative_mixing, self.seed, step, 2 * len(z1) * world_size())
         loss = self.temperature / 0.07 * sup_con(z1, z2, labels, self.temperature) if self.labelled else \
-            2 * nt_xent(z1, z2, self.temperature, mixed)
+            self.loss_factor * nt_xent(z1, z2, self.temperature, mixed)
         figures = {'contrastive_top1': batch_top1(z1, z2), 'feature_std': feature_std(z1)} if look else {}
         return loss, loss.new_zeros(()), figures
 

@@ -143,6 +143,7 @@ simclr:
   layers: 2             # of the projector (SimCLR v2: 3); hidden ones are as wide as the backbone's features
   norm: true            # batch norm in the projector; COP-Gen's has none
   temperature: 0.1
+  loss_factor: !float null  # of the mean loss; null: 2 (both directions summed, as SimCLR's code); COP-Gen's: 1.4286
   negative_mixing: 0.0  # as in moco
 supcon:                 # positives are all images of the label that the beton gives
   dim: 128
@@ -218,7 +219,7 @@ ALLOWED = {
     'moco.queue': (1, 10 ** 7), 'nnclr.queue': (1, 10 ** 7), 'queue': (0, 10 ** 7),
     'queue_from_epoch': (0, EVER), 'freeze_prototypes': (0, EVER),
     'bn_splits': (1, 4096), 'moco.momentum': (0.0, 0.999999), 'momentum': (0.0, 1.0), 'momentum_end': (0.0, 1.0),
-    'temperature': (0.001, 100.0), 'negative_mixing': (0.0, 100.0),
+    'temperature': (0.001, 100.0), 'negative_mixing': (0.0, 100.0), 'loss_factor': (1e-6, 1e6),
     'epsilon': (0.001, 100.0), 'invariance': (0.0, 1e6), 'variance': (0.0, 1e6), 'covariance': (0.0, 1e6),
     'optimizer.name': ['sgd', 'lars', 'adamw'], 'lr': (1e-30, 1000.0), 'final_lr': (0.0, 1000.0),
     'optimizer.momentum': (0.0, 0.9999),

@@ -119,6 +119,8 @@ def main(config):
                         figures = []
                     leave = processes.any(stop) and step < last
                     if leave or step % config['save_every'] == 0 or step == last:
+                        if not all(p.isfinite().all() for p in discriminator.parameters()):
+                            raise Fail(f'step {step}: the weights are not finite; lower lr')
                         average_running_statistics(discriminator)
                         if processes.main:
                             save_checkpoint(checkpoint, {

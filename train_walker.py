@@ -101,7 +101,7 @@ from tqdm import tqdm
 from augment import parameters, recipe_row
 from checkpoints import NORMALIZATIONS, normalization
 from common import Log, Processes, StopSignal, earlier, seed_everything
-from files import save_checkpoint, save_json
+from files import save_checkpoint, save_json, weights_checksum
 from latents import LatentGenerator, Steering, Walker, chunk_range, load_walker, save_walker, uniform
 from loss import nt_xent
 from models import build_backbone, global_mean, synchronize_batch_norm
@@ -273,7 +273,7 @@ def main(config):
     folder, last = run_folder(config['output']), config['samples'] // batch
     checkpoint, result = folder / 'checkpoint.pt', folder / 'walker.pt'
     saved = earlier(checkpoint, config, BOOKKEEPING, needs=('walker', 'estimator', 'walks', 'estimates', 'step',
-                                                            'done'))
+                                                            'done', 'weights', 'losses'))
     seed_everything(config['seed'])
     game = Game(config, processes)
     step, lowest = (saved['step'], saved['lowest']) if saved else (0, None)
@@ -283,18 +283,28 @@ def main(config):
     if saved:
         game.restore(saved)
     stop, log = StopSignal(), Log(folder, config, processes.main)
-    about = dict(chunks=list(game.range), generator=config['latent']['model'])
+    model = config['latent']['model']
+    about = dict(chunks=list(game.range), generator=model, weights=weights_checksum(model))
+    if saved and saved['weights'] != about['weights']:
+        raise Fail(f'{checkpoint}: was made with other weights than {model} has now; set another output=')
     if processes.main and not saved:
         save_walker(folder / 'untrained.pt', game.walker, **about)
     processes.barrier()
-    before, losses, reason = game.movement(load_walker(folder / 'untrained.pt').to(processes.device)), [], ''
+    before, reason = game.movement(load_walker(folder / 'untrained.pt').to(processes.device)), ''
+    losses = list(saved['losses'].to(processes.device)) if saved else []
     log.write(f"{config['walker']} walker of width {game.walker.width} for the chunks {config['chunks']} of "
               f"{game.generator.name}: {last} steps of {batch}" + f'; resumed at step {step}' * bool(saved))
 
+    def finite(loss=0.0):
+        if not np.isfinite(loss) or not all(p.isfinite().all() for p in game.walker.parameters()):
+            raise Fail(f'step {step}: the loss or the walker is not finite; lower lr and estimator.lr')
+
     def save(done):
+        finite()
+        since = [global_mean(loss.clone()) for loss in losses]  # the last line of the log; stop_loss needs them
         if processes.main:
             save_checkpoint(checkpoint, {**game.state(), 'step': step, 'lowest': lowest, 'done': done,
-                                         'config': config})
+                                         'losses': torch.tensor(since), 'weights': about['weights'], 'config': config})
         processes.barrier()
 
     with tqdm(total=last, initial=step, unit='step', disable=None if processes.main else True) as bar:
@@ -305,12 +315,12 @@ def main(config):
             bar.update()
             if step % config['log_every'] == 0 or step == last:
                 loss = global_mean(torch.stack(losses).mean())
-                if not np.isfinite(loss) or not all(p.isfinite().all() for p in game.walker.parameters()):
-                    raise Fail(f'step {step}: the loss or the walker is not finite; lower lr and estimator.lr')
+                finite(loss)
                 figures = game.movement(game.walker)
                 line = dict(step=step, samples=step * batch, loss=loss, published_loss=loss * PUBLISHED, **figures)
-                log.write(f"step {step}/{last}  loss {loss:.4f} nats (published scale {loss * PUBLISHED:.3f})  "
-                          f'{in_words(figures, before)}' if bar.disable else None, **line)
+                unit = 'squared error' if game.steering else f'nats (published scale {loss * PUBLISHED:.3f})'
+                log.write(f'step {step}/{last}  loss {loss:.4f} {unit}  {in_words(figures, before)}'
+                          if bar.disable else None, **line)
                 losses, lowest = [], min(loss, loss if lowest is None else lowest)
                 if config['stop_loss'] and step * batch >= config['stop_after'] and lowest < config['stop_loss'] < loss:
                     done, reason = True, f" after {step * batch} anchors: the loss is back at {config['stop_loss']} " \

@@ -13,6 +13,7 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import gen_views  # noqa: E402
+import latents  # noqa: E402
 from chunks import read_chunk  # noqa: E402
 from config import Fail, default_config  # noqa: E402
 from conftest import small_gan  # noqa: E402
@@ -191,6 +192,8 @@ def test_walker_moves_the_chunks_it_was_made_for(generator, tmp_path):
     assert (shift[:, [0, 1, 4, 5]] == 0).all()
     with pytest.raises(Fail, match='w.pt is a walker of width 16, these chunks of .* have 24'):
         Moves({'1-3': move(walker=str(tmp_path / 'w.pt'))}, generator)
+    with pytest.raises(Fail, match='chunks.3-4: .*w.pt was trained on the chunks 2-3'):
+        Moves({'3-4': move(walker=str(tmp_path / 'w.pt'))}, generator)
 
 
 class NonlinearWalk(nn.Module):                          # what COP-Gen pickled
@@ -329,6 +332,17 @@ def test_a_batch_makes_each_pair_once(folder, monkeypatch):
     for k, (i, n) in enumerate(asked):
         alone = pairs.images([i], max(n, 1))[bool(n)][0].permute(1, 2, 0).numpy() * 256
         assert np.abs(views[k] - alone).max() < 1.01
+
+
+def test_blocks_change_nothing_but_rounding(folder, monkeypatch):
+    pairs = LatentPairs({**spec(folder), 'chunks': {'1-5': move(std=1.0)}}, 5, 32, torch.device('cpu'))
+    pairs.discriminator = lambda images: images.mean((1, 2, 3))
+    for number in (1, 2):
+        whole = pairs.images(range(8), number)
+        with monkeypatch.context() as patch:
+            patch.setattr(latents, 'BLOCK', 3)
+            for images, parts in zip(whole, pairs.images(range(8), number)):
+                assert len(parts) == 8 and torch.allclose(images, parts, atol=1e-5)
 
 
 def test_weights_decide_about_settings(folder, tmp_path):

@@ -382,6 +382,15 @@ def test_negatives_are_mixed_and_nothing_else():
     assert not torch.allclose(simclr(views, 5)[0], simclr(views, 6)[0], atol=1e-2)  # another draw
 
 
+def test_loss_factor_of_simclr_is_that_of_the_mean():
+    views, losses = pair(8), {}
+    for factor in (None, 1.4286):
+        torch.manual_seed(0)
+        simclr = SimCLR({'arch': 'resnet18', 'stem': 'cifar', 'width': 8}, dim=16, loss_factor=factor)
+        losses[factor] = simclr(views, 0)[0]
+    assert losses[1.4286].item() == pytest.approx(1.4286 / 2 * losses[None].item(), rel=1e-5)
+
+
 # ---------------------------------------------------------------------------------------------------
 # Steps and schedules
 

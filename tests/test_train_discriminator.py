@@ -103,7 +103,9 @@ def test_wrong_settings_are_one_line(folder, beton, tmp_path, changes, message):
 
 
 def test_files_that_are_no_discriminators(tmp_path):
-    for content in ({'width': 8}, [1], {'discriminator': {}, 'width': 8}):
+    damaged = Discriminator(8).state_dict()
+    damaged['1.weight'][0] = torch.nan
+    for content in ({'width': 8}, [1], {'discriminator': {}, 'width': 8}, {'discriminator': damaged, 'width': 8}):
         torch.save(content, tmp_path / 'd.pt')
         with pytest.raises(Fail, match='d.pt: cannot be read as a discriminator'):
             load_discriminator(tmp_path / 'd.pt')

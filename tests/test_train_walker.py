@@ -12,6 +12,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import latents  # noqa: E402
 import train_walker  # noqa: E402
 from common import Processes  # noqa: E402
 from config import Fail, default_config  # noqa: E402
@@ -110,6 +111,8 @@ def test_resumed_run_is_the_undisturbed_one(folder, tmp_path, monkeypatch):
     train_walker.main(again)
     found = load_walker(tmp_path / 'again/walker.pt').state_dict()
     assert all(torch.equal(whole[name], found[name]) for name in whole)
+    logged = [{line['step']: line['loss'] for line in lines(tmp_path / name)} for name in ('run', 'again')]
+    assert logged[0] == logged[1]                        # the stop rule looks at these
     untrained = load_walker(tmp_path / 'run/untrained.pt').state_dict()
     assert not any(torch.equal(whole[name], untrained[name]) for name in whole)
     pictures = {p.name for p in (tmp_path / 'run').glob('pairs*')}
@@ -126,6 +129,18 @@ def test_resumed_run_is_the_undisturbed_one(folder, tmp_path, monkeypatch):
     for k in range(5):
         assert table['chunks'][str(k + 1)]['mean'] == pytest.approx(shift[:, k].mean().item(), rel=1e-4)
         assert table['chunks'][str(k + 1)]['median'] == pytest.approx(np.median(shift[:, k].detach()), rel=1e-4)
+
+
+def test_weights_of_another_generator(folder, tmp_path, monkeypatch):
+    settings = config(folder, tmp_path, samples=16)
+    train_walker.main(settings)
+    monkeypatch.setattr(train_walker, 'weights_checksum', lambda path: 1)
+    with pytest.raises(Fail, match='checkpoint.pt: was made with other weights than'):
+        train_walker.main({**settings, 'samples': 32})
+    monkeypatch.setattr(latents, 'weights_checksum', lambda path: 1)
+    moves = {'1-5': dict(std=0.0, truncation=2.0, walker=str(tmp_path / 'run/walker.pt'))}
+    with pytest.raises(Fail, match='chunks.1-5: .*walker.pt was trained on other weights than'):
+        latents.Moves(moves, Game(settings, Processes('cpu')).generator)
 
 
 def test_two_processes_learn_what_one_does(folder, tmp_path):

@@ -278,7 +278,7 @@ VIT = (40, 0, *BYOL_VIEWS, {**V3, 'mocov3.temperature': 0.2, 'backbone.patch_siz
 COP_GEN = {'batch_size': 224, 'epochs': 100, 'optimizer.name': 'sgd', 'optimizer.lr': 0.02625, 'image_size': 128,
            'optimizer.per_epoch': True, 'optimizer.weight_decay': 1e-4, 'backbone.zero_init_residual': False}
 COP_GEN_SIMCLR = {'method': 'simclr', 'simclr.norm': False, 'simclr.dim': 128, 'simclr.layers': 2,
-                  'simclr.temperature': 0.1}
+                  'simclr.temperature': 0.1, 'simclr.loss_factor': 1.4286}  # 0.1 / 0.07
 OFFICIAL = {
     'in1k_mocov2_': (0, 0, *MOCO_V2_VIEWS, {'moco.queue': 65536, 'moco.momentum': 0.999, 'moco.temperature': 0.2,
                                             'moco.bn_splits': 8, 'moco.symmetric': False}),
@@ -409,12 +409,13 @@ def test_simclr_on_pairs_of_bigbigan(name):
     assert {key: values[key] for key in expected} == expected
     if name.endswith('infomin'):
         assert settings['view_1'] == settings['view_2'] and settings['view_1']['randaugment'] == 2
-        assert values['simclr.temperature'] == 0.15 and settings['view_1']['jitter'] == [0.8, 0.8, 0.8, 0.2]
+        assert (values['simclr.temperature'], values['simclr.loss_factor']) == (0.15, 2.1429)
+        assert settings['view_1']['jitter'] == [0.8, 0.8, 0.8, 0.2]
         return
     assert augmented(settings['view_1']) == augmented(settings['view_2']) == (views or ALL)
     assert values['simclr.negative_mixing'] == (1.6 if name.endswith('negft') else 0)
     if settings['method'] == 'simclr':
-        assert (values['simclr.norm'], values['simclr.dim'], values['simclr.temperature']) == (False, 128, 0.1)
+        assert {key: values[key] for key in COP_GEN_SIMCLR} == COP_GEN_SIMCLR
     if augmented(settings['view_1']) in (NO_CROP, NOTHING):
         assert settings['view_1']['resize'] == 146       # the central 112 of 128 pixels, enlarged to 128
 
