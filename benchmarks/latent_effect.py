@@ -110,6 +110,10 @@ def main():
                            f"data.alpha={options['alpha'] if row != 'none' else 0}"],
                           ['yamls/linear_eval/effect.yaml', 'train_beton=runs/effect/train/pairs.beton'])
     bench.table(bench.results(RESULTS), {row: title for row, (_, _, title) in ROWS.items()}, 'none')
+    for row in rows if options['judge'] else ():
+        _, (scores, _), (found, _) = judged(row, options['judge'])
+        same = (scores.argmax(1) == found.argmax(1)).float().mean()
+        print(f'{row}: {same:.3f} of {len(found)} positives are of the class of their anchor')
 
 
 if __name__ == '__main__':

@@ -207,7 +207,8 @@ TRANSFER = {  # stage, file: what it evaluates, numbers of its comment in their 
            'random': '47.9 45.4 68.9 31.7 46.4 42.3 46.5', 'hlrandom': '54.9 64.3 84.4 41.1 63.2 50.1 59.5',
            'hlrandom_d': '54.5 65.2 85.1 40.4 66.8 52.0 59.5', 'learned': '48.8 42.0 72.9 31.7 45.2 38.6 44.0',
            'hllearned': '53.1 57.7 77.5 36.7 60.3 47.6 51.8',
-           'hllearned_d': '54.4 60.6 79.5 36.7 62.6 50.2 51.0'}.items()}}
+           'hllearned_d': '54.4 60.6 79.5 36.7 62.6 50.2 51.0'}.items()},
+    ('linear_eval', 'transfer_hl_supervised'): ('resnet50-0676ba61.pth', '54.5 93.6 86.6 48.1 79.1 53.7 84.9')}
 LOSSES = {'NCE': ('mocov2', 'mocov3'), 'KL': ('swav',), 'COS': ('simsiam', 'byol')}
 OPTIMIZERS = {'SGD': torch.optim.SGD, 'LARS': Lars, 'AdamW': torch.optim.AdamW}
 
@@ -610,7 +611,8 @@ def test_transfer_rows_of_copgen_and_hierarchical_latent(stage, name):
     """COP-Gen's Table 2 and hierarchical-latent's Table 4: encoders of their other tables, one protocol each."""
     encoder, numbers = TRANSFER[stage, name]
     settings = config(stage, name)
-    assert settings['checkpoint'] == config('pretrain', encoder)['output'] + '/backbone.pt'
+    expected = encoder if encoder.endswith('.pth') else config('pretrain', encoder)['output'] + '/backbone.pt'
+    assert settings['checkpoint'] == expected
     comment = ''.join(line for line in path(stage, name).read_text().splitlines() if line.startswith('#'))
     found = re.findall(r'(?<![\d.])\d\d\.\d+', comment.replace('Nesterov', ''))
     assert found[:len(numbers.split())] == numbers.split()
@@ -664,7 +666,7 @@ def test_inputs_are_outputs_of_other_experiments():
             assert settings['pairs'].removesuffix('/pairs.beton') in made['gen_views'], name
         if stage in ('linear_eval', 'semi_eval', 'detect_eval'):
             checkpoint = settings['checkpoint'].removesuffix('/backbone.pt')
-            assert name == 'sanity' or checkpoint in made['pretrain'], name
+            assert name in ('sanity', 'transfer_hl_supervised') or checkpoint in made['pretrain'], name
             for key in ('train_beton', 'test_beton') if stage != 'detect_eval' else ():
                 folder = re.sub('^runs/transfer/[^/]*', 'runs/transfer/DTD', settings[key].removesuffix('/pairs.beton'))
                 assert folder in made['gen_views'], name  # the YAMLs of the transfer sets name one of them

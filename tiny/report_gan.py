@@ -23,7 +23,7 @@ import gen_views  # noqa: E402
 from config import default_config  # noqa: E402
 from distances import Frechet, fid_inception  # noqa: E402
 from frozen_clip import FrozenClip  # noqa: E402
-from latents import LatentGenerator, normal, uniform  # noqa: E402
+from latents import LatentGenerator, Moves, normal, uniform  # noqa: E402
 from sources import source_dataset  # noqa: E402
 
 
@@ -101,6 +101,11 @@ def report_gan(args):
             rows.append(generator.images(generator.code(moved)))
     picture(torch.cat([page(torch.cat(rows[0::2]), 8), page(torch.cat(rows[1::2]), 8)], 2), args.pictures,
             'gan_chunks.png')
+    anchors, rows = range(20), [made[:20]]
+    for chunks, std in (('0-5', 0.2), ('1-5', 1.0), ('0-5', 1.0)):
+        moves = Moves({chunks: dict(std=std, truncation=2.0, walker='')}, generator)(z[:20], 0, anchors, 1)
+        rows.append(generator.images(generator.moved(z[:20], moves)))
+    picture(page(torch.cat(rows), 20), args.pictures, 'gan_pairs.png')
 
 
 LEVELS = 0, 100, 200, 300, 400
