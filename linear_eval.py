@@ -144,7 +144,8 @@ def batches(config, recipe, train, encoder, processes):
     def epoch(number):
         with closing(loader.epoch(number)) as parts:
             for part in parts:
-                yield encoder(part['views'][0]), part['label'].to(processes.device, non_blocking=True)
+                features = [encoder(views) for views in part['views'][0].split(config['batch'])]
+                yield torch.cat(features), part['label'].to(processes.device, non_blocking=True)
     return epoch, len(loader)
 
 
@@ -217,7 +218,7 @@ def main(config):
     # The same question again: show the answer, or go on where it stopped. A new one in the same folder starts anew.
     fingerprint = digest(backbone)
     contents = {part: sha256(json.dumps(sidecar['crc32']).encode()).hexdigest() for part, sidecar in sidecars.items()}
-    identity = {**config, 'backbone_sha256': fingerprint, 'betons_sha256': contents}
+    identity = {**config, 'dtype': str(dtype), 'backbone_sha256': fingerprint, 'betons_sha256': contents}
     results_path, checkpoint = folder / 'results.json', folder / 'linear.pt'
     if answered(results_path, identity, BOOKKEEPING, processes, anew=True):
         return

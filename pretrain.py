@@ -4,8 +4,8 @@
     torchrun --nproc-per-node 8 pretrain.py yamls/pretrain/in1k_mocov2_genview.yaml seed=1
 
 Reads a paired beton of gen_views.py and, for the quality-driven loss, the principal component that fg_proportion.py
-wrote with the quality encoder. The baseline is the same command with data.alpha=0 quality.enabled=false. The methods
-stand in models.py, their losses in loss.py.
+wrote with the quality encoder. The baseline is the same command with data.alpha=0 quality.enabled=false (on ImageNet
+normalization=imagenet too). The methods stand in models.py, their losses in loss.py.
 
 Writes into `output`: config.yaml, versions.json, log.jsonl, checkpoint.pt, backbone_init.pt (untrained), backbone.pt
 (plain torchvision or timm names, for linear_eval.py) and loss.png.
@@ -458,7 +458,8 @@ def save(checkpoint, model, optimizer, scaler, step, steps_per_epoch, config, be
         epoch, batch = divmod(step, steps_per_epoch)
         save_checkpoint(checkpoint, {
             'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(),
-            'epoch': epoch, 'batch': batch, 'step': step, 'random': states, 'config': config, 'beton': beton})
+            'epoch': epoch, 'batch': batch, 'step': step, 'random': states, 'config': config, 'beton': beton,
+            'dtype': str(precision_dtype(config['precision'], processes.device))})
     processes.barrier()  # nobody goes on, or leaves, before it is written
 
 
@@ -535,6 +536,9 @@ def main(config):
         if processes.main:
             say(f'{folder}: finished ({epochs} epochs): {finished}')
         return
+    if saved and saved.get('dtype', str(dtype)) != str(dtype):
+        raise Fail(f"{checkpoint}: was trained in {saved['dtype'][6:]}, this device would go on in {str(dtype)[6:]}; "
+                   'go on where it began, or set another output=')
 
     seed_everything(config['seed'])  # the same on all processes: they build the same model
     torch.set_float32_matmul_precision('high')  # TF32 where the GPU has it

@@ -243,7 +243,7 @@ def main(config):
 
     # The same question again: show the answer, or go on where it stopped
     question = [everything.sidecar['crc32'], every_test.sidecar['crc32'], chosen.tolist(), digest(backbone)]
-    identity = {**config, 'sha256': sha256(json.dumps(question).encode()).hexdigest()}
+    identity = {**config, 'dtype': str(dtype), 'sha256': sha256(json.dumps(question).encode()).hexdigest()}
     results_path, checkpoint = folder / 'results.json', folder / 'checkpoint.pt'
     if answered(results_path, identity, BOOKKEEPING, processes):
         return

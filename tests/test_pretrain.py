@@ -435,6 +435,18 @@ def test_bfloat16_trains(workplace, tmp_path):
     assert {v.dtype for v in backbone['state_dict'].values()} == {torch.float32, torch.int64}
 
 
+def test_a_run_does_not_go_on_in_another_precision(workplace, tmp_path, monkeypatch):
+    """`precision: auto` is another one on another machine."""
+    pretrain.main(config_of(workplace, f'output={tmp_path}'))
+    (tmp_path / 'backbone.pt').unlink()
+    monkeypatch.setattr(pretrain, 'precision_dtype', lambda *_: torch.bfloat16)
+    with pytest.raises(Fail, match='checkpoint.pt: was trained in float32, this device would go on in bfloat16'):
+        pretrain.main(config_of(workplace, f'output={tmp_path}'))
+    monkeypatch.undo()
+    pretrain.main(config_of(workplace, f'output={tmp_path}'))
+    assert (tmp_path / 'backbone.pt').is_file()
+
+
 @pytest.mark.parametrize('every, message', [
     (1, r'step 6: .* not finite; the last good checkpoint is .*/checkpoint.pt \(step 5\)'),     # seen in the weights
     (None, r'step 7: .* not finite; the last good checkpoint is .*/checkpoint.pt \(step 4\)')])  # seen in the loss
