@@ -69,11 +69,16 @@ def plain_images(path, recipe, batch, num_workers, positions, pin_memory=False):
                       drop_last=False, shuffle=False, indices=positions, verify=False, pin_memory=pin_memory)
 
 
-def everywhere(rows, n, processes):
-    """Rows of every world-th image from each process -> all n of them (n, ...), in order, on every process's CPU."""
-    share = -(-n // processes.world)  # the last processes may have one less: padded to travel, cut off again
-    rows = F.pad(rows, (0, 0) * (rows.dim() - 1) + (0, share - len(rows))).to(processes.device)
-    return gather(rows).view(processes.world, share, *rows.shape[1:]).transpose(0, 1).flatten(0, 1)[:n].cpu()
+def everywhere(rows, n, processes, block=1 << 15):
+    """Rows of every world-th image from each process -> all n of them (n, ...), in order, on every process's CPU.
+    block: rows of a process that travel at once; no device holds all."""
+    share, world = -(-n // processes.world), processes.world
+    rows = F.pad(rows, (0, 0) * (rows.dim() - 1) + (0, share - len(rows)))  # the last processes may have one less
+    found = torch.empty(share * world, *rows.shape[1:], dtype=rows.dtype)
+    for at in range(0, share, block):
+        part = rows[at:at + block].to(processes.device)
+        found[at * world:(at + len(part)) * world] = gather(part).view(world, *part.shape).transpose(0, 1).flatten(0, 1)
+    return found[:n]
 
 
 def all_features(loader_of, n, encoder, processes, what, stop=False):

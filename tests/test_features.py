@@ -2,6 +2,7 @@
 import atexit
 import os
 import sys
+import types
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch.multiprocessing as mp
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import features  # noqa: E402
 from common import Processes  # noqa: E402
 from config import Fail  # noqa: E402
 from conftest import coloured_samples  # noqa: E402
@@ -49,6 +51,22 @@ def test_more_processes_than_images():
     processes.rank, processes.world = 3, 4
     assert knn_accuracy(features, torch.tensor([0, 1]), features, torch.tensor([0, 1]), 2, 1, 0.1, 3,
                         processes) == [0, 0]
+
+
+@pytest.mark.parametrize('n, block', [(10, 2), (10, 100), (12, 4), (2, 1)])
+def test_rows_of_all_processes_in_order_block_by_block(n, block, monkeypatch):
+    whole, share = torch.randn(n, 5), -(-n // 3)
+    padded = [torch.cat([whole[rank::3], torch.zeros(share - len(whole[rank::3]), 5)]) for rank in range(3)]
+    starts = iter(range(0, share, block))
+
+    def gathered(part):
+        at = next(starts)
+        assert torch.equal(part, padded[1][at:at + block])
+        return torch.cat([rows[at:at + block] for rows in padded])
+    monkeypatch.setattr(features, 'gather', gathered)
+    processes = types.SimpleNamespace(rank=1, world=3, device=torch.device('cpu'))
+    assert torch.equal(features.everywhere(whole[1::3], n, processes, block), whole)
+    assert next(starts, None) is None
 
 
 def test_hits_and_percent():
