@@ -1,6 +1,6 @@
 """Stage 6: how well a backbone transfers to detection and instance segmentation, every layer fine-tuned.
 
-    torchrun --nproc-per-node 8 detect_eval.py yamls/detect_eval/voc.yaml checkpoint=runs/in1k/mocov2/backbone.pt
+    torchrun --nproc-per-node 8 detect_eval.py yamls/detect_eval/voc.yaml checkpoint=backbone.pt
     torchrun --nproc-per-node 8 detect_eval.py yamls/detect_eval/coco.yaml checkpoint=resnet50.pth
 
 Writes results.json, detections.json (COCO's results format), checkpoint.pt, loss.png, config.yaml, versions.json and

@@ -73,6 +73,8 @@ def everywhere(rows, n, processes, block=1 << 15):
     """Rows of every world-th image from each process -> all n of them (n, ...), in order, on every process's CPU.
     block: rows of a process that travel at once; no device holds all."""
     share, world = -(-n // processes.world), processes.world
+    if world == 1:
+        return rows.cpu()
     rows = F.pad(rows, (0, 0) * (rows.dim() - 1) + (0, share - len(rows)))  # the last processes may have one less
     found = torch.empty(share * world, *rows.shape[1:], dtype=rows.dtype)
     for at in range(0, share, block):
