@@ -49,8 +49,8 @@ F32 = np.float32
 IMAGE, VIEW = 0, 1                                       # the two sources of a sample
 SHORT_READ, BAD_JPEG = 1, 2                              # what can go wrong with a sample while reading
 # columns of a recipe row and of the parameters drawn from it
-(SIZE, RESIZE, SCALE_LO, SCALE_HI, FLIP, JITTER, B, C, S, H, GRAY, BLUR, SIGMA_LO, SIGMA_HI, SOLARIZE, RANDAUGMENT,
- MAGNITUDE, SPREAD) = range(18)
+(SIZE, RESIZE, SCALE_LO, SCALE_HI, FLIP, JITTER, B, C, S, H, GRAY, BLUR, SIGMA_LO, SIGMA_HI, KERNEL, SOLARIZE,
+ RANDAUGMENT, MAGNITUDE, SPREAD) = range(19)
 TOP, LEFT, HEIGHT, WIDTH, FLIPPED, ORDER, FB, FC, FS, FH, GRAYED, SIGMA, SOLARIZED, OPS = range(14)
 # RandAugment's operations in the order of timm's list; from OPS on stand (operation or -1, level, cubic) of each drawn
 (AUTOCONTRAST, EQUALIZE, INVERT, ROTATE, POSTERIZE, SOLARIZE_FROM, SOLARIZE_ADD, COLOR, CONTRAST, BRIGHTNESS, SHARPNESS,
@@ -387,11 +387,18 @@ def _solarize(p):
 
 
 @njit(**JIT)
-def _blur(p, size, sigma, scratch):
-    """torchvision's GaussianBlur with kernel size 0.1 * size rounded to odd (23 at 224, 3 at 32): separable, mirrored
-    at the border. Taps below 1e-4 of the largest are left out. scratch: float32, at least size * (size + 2 radius)."""
-    full = (int(0.1 * size) | 1) // 2
-    radius = max(0, min(full, int(math.ceil(4.3 * sigma)), size - 1))
+def blur_reach(size, sigma, kernel):
+    """Pixels to each side of the middle in a kernel of so many, an odd number. 0: a tenth of the view (23 at 224, as
+    SimCLR's) or three sigma, if that is more: PIL's blur, MoCo v2's and GenView's, is whole on small views too."""
+    return int(kernel) // 2 if kernel else max((int(0.1 * size) | 1) // 2, int(math.ceil(3 * sigma)))
+
+
+@njit(**JIT)
+def _blur(p, size, sigma, kernel, scratch):
+    """torchvision's GaussianBlur with a kernel of blur_reach: separable, mirrored at the border. Taps below 1e-4 of the
+    largest are left out. scratch: float32, at least size * (size + 2 radius)."""
+    full = min(blur_reach(size, sigma, kernel), size // 2)
+    radius = max(0, min(full, int(math.ceil(4.3 * sigma))))
     total, weight = 0.0, np.empty(radius + 1, np.float32)
     for k in range(-full, full + 1):
         total += math.exp(-0.5 * (k / sigma) ** 2)
@@ -561,7 +568,7 @@ def _augment(image, height, width, recipe, d, rows, planes, floats, out):
     if d[GRAYED] and not operations:
         _grayscale(p)
     if d[SIGMA] > 0:
-        _blur(p, size, d[SIGMA], floats)
+        _blur(p, size, d[SIGMA], recipe[KERNEL], floats)
     for k in range(OPS, len(d), 3):
         _randaugment(p, size, d[k], d[k + 1], d[k + 2] > 0)
     if d[GRAYED] and operations:                         # InfoMin's order
@@ -623,6 +630,7 @@ RECIPE = {                                               # default, test, meanin
                '[brightness, contrast, saturation, hue], none below 0, hue up to 0.5'),
     'gray_prob': _CHANCE, 'blur_prob': _CHANCE,
     'blur_sigma': ([0.1, 2.0], lambda lo, hi: 0 < lo <= hi <= 100, '[lo, hi] in pixels with 0 < lo <= hi <= 100'),
+    'blur_kernel': (0, lambda n: n == 0 or 1 <= n <= 1023 and n % 2 == 1, 'null or an odd number of pixels up to 1023'),
     'solarize_prob': _CHANCE,
     'randaugment': (0, lambda n: 0 <= n <= 100 and n % 1 == 0, 'a number of operations, 0 to 100'),
     'randaugment_magnitude': ([10.0, 0.5], lambda mean, std: 0 <= mean <= 10 and 0 <= std <= 100,
@@ -635,7 +643,7 @@ def recipe_row(recipe, where):
     for key, (default, right, needed) in RECIPE.items():
         value = recipe.get(key, default)
         if value is None:
-            value = {'crop_scale': [0, 0], 'resize': recipe.get('size')}.get(key)
+            value = {'crop_scale': [0, 0], 'resize': recipe.get('size'), 'blur_kernel': 0}.get(key)
         try:
             given = np.atleast_1d(np.asarray(value))
             numbers = given.astype(np.float64).tolist()

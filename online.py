@@ -12,10 +12,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from augment import (BLUR, FB, FC, FH, FLIPPED, FS, GRAYED, HEIGHT, LEFT, ORDER, ORDERS, RANDAUGMENT, RESIZE,
-                     SCALE_HI, SIGMA, SIZE, SOLARIZED, TOP, WIDTH, parameters, recipe_row, sources_of_views)
+from augment import (BLUR, FB, FC, FH, FLIPPED, FS, GRAYED, HEIGHT, KERNEL, LEFT, ORDER, ORDERS, RANDAUGMENT, RESIZE,
+                     SCALE_HI, SIGMA, SIGMA_HI, SIZE, SOLARIZED, TOP, WIDTH, blur_reach, parameters, recipe_row,
+                     sources_of_views)
 from config import Fail
-from files import weights_checksum
 from latents import LatentPairs
 
 LUMA = torch.tensor([19595., 38470., 7471.]).view(1, 3, 1, 1) / 65536
@@ -44,7 +44,7 @@ def augment(images, recipe, drawn):
                 x = x.index_put((some,), change(x[some], d[some, column].view(-1, 1, 1, 1)))
     x = torch.where(d[:, GRAYED].view(-1, 1, 1, 1) > 0, _luma(x), x)
     if recipe[BLUR] > 0:
-        x = torch.where(d[:, SIGMA].view(-1, 1, 1, 1) > 0, _blur(x, d[:, SIGMA]), x)
+        x = torch.where(d[:, SIGMA].view(-1, 1, 1, 1) > 0, _blur(x, d[:, SIGMA], recipe), x)
     return torch.where((d[:, SOLARIZED].view(-1, 1, 1, 1) > 0) & (x >= 128), 255 - x, x)
 
 
@@ -83,15 +83,17 @@ JITTER = (  # in the order of augment.ORDERS: the column of its factor, which va
     (FH, 0, _hue))
 
 
-def _blur(x, sigma):
-    """Gaussian blur, kernel size a tenth of the side rounded to odd, mirrored at the border; sigma (B,), 0 for what is
-    not looked at."""
+def _blur(x, sigma, recipe):
+    """Gaussian blur with the kernels of augment.blur_reach, mirrored at the border; sigma (B,), 0 where it is not
+    looked at."""
     size = x.shape[3]
-    radius = min((int(0.1 * size) | 1) // 2, size - 1)
-    at = torch.arange(-radius, radius + 1, device=x.device)
+    widest, least = (min(blur_reach(size, s, recipe[KERNEL]), size // 2) for s in (recipe[SIGMA_HI], 0.0))
+    at = torch.arange(-widest, widest + 1, device=x.device)
     weight = torch.exp(-0.5 * (at / sigma.clamp(min=1e-3)[:, None]) ** 2)
+    if not recipe[KERNEL]:
+        weight = weight * (at.abs() <= torch.ceil(3 * sigma).clamp(min=least)[:, None])
     weight = (weight / weight.sum(1, keepdim=True))[:, None, None]  # (B, 1, 1, taps): a group a sample
-    x = F.pad(x.transpose(0, 1), [radius] * 4, mode='reflect')
+    x = F.pad(x.transpose(0, 1), [widest] * 4, mode='reflect')
     x = F.conv2d(F.conv2d(x, weight, groups=len(sigma)), weight.transpose(2, 3), groups=len(sigma))
     return x.transpose(0, 1)
 
@@ -116,10 +118,7 @@ class OnlinePairs:
         self.swap = {'random': -1, 'first': 0, 'second': 1}[swap]
         self.batch_size, self.batches, self.rank, self.world = batch_size, steps_per_epoch, rank, world
         samples = steps_per_epoch * batch_size * world
-        files = [spec['model'], spec['discriminator'], *(move['walker'] for move in spec['chunks'].values())]
-        self.sidecar = {'samples': samples, 'with_view': samples * bool(spec['chunks']),
-                        'crc32': [repr(spec), *map(weights_checksum, filter(None, files))]}
-
+        self.sidecar = {'samples': samples, 'with_view': samples * bool(spec['chunks'])}
         self.paths, side = [spec['model']], np.array([self.pairs.generator.size])
         self.metadata = {'f0': {'height': side, 'width': side}}  # for data.check_size
 

@@ -69,6 +69,7 @@ view_1:                 # augmentation of the query; MoCo v2's and SimSiam's rec
   gray_prob: 0.2
   blur_prob: 0.5
   blur_sigma: [0.1, 2.0]        # pixels
+  blur_kernel: !int null        # pixels, odd; null: a tenth of the view, or 6 sigma where that is more (PIL's blur)
   solarize_prob: 0.0
   randaugment: 0                # operations of timm's RandAugment, after the blur and before the grey (InfoMin: 2)
   randaugment_magnitude: [10, 0.5]  # mean and standard deviation, of 10
@@ -81,6 +82,7 @@ view_2:                 # augmentation of the key
   gray_prob: 0.2
   blur_prob: 0.5
   blur_sigma: [0.1, 2.0]
+  blur_kernel: !int null
   solarize_prob: 0.0
   randaugment: 0
   randaugment_magnitude: [10, 0.5]
@@ -210,7 +212,7 @@ ALLOWED = {
     'output': 'folder', 'beton': 'file', 'images_per_epoch': (0, 10 ** 10), 'kind': ['biggan', 'stylegan2'],
     'truncation': (0.0, 100.0), 'psi': (0.0, 1.0), 'crop': (1, 8192), 'std': (0.0, 100.0),
     'method': list(BLOCKS), 'alpha': (0.0, 1.0), 'view_generated.gray_prob': (0.0, 1.0),
-    'view_generated.blur_prob': (0.0, 1.0),
+    'view_generated.blur_prob': (0.0, 1.0), 'blur_kernel': (1, 1023),
     'swap': ['random', 'first', 'second'], 'seed': (0, 10 ** 12), 'num_workers': (1, 1024), 'image_size': (8, 1024),
     'size': (8, 1024), 'count': (0, 100),
     'arch': ['resnet18', 'resnet34', 'resnet50', 'resnet101', 'vit_small', 'vit_base'], 'stem': ['imagenet', 'cifar'],

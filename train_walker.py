@@ -60,6 +60,7 @@ view:                   # augmentation of both images, inside the graph, per sam
   gray_prob: 0.2
   blur_prob: 0.0
   blur_sigma: [0.1, 2.0]
+  blur_kernel: !int null
   solarize_prob: 0.0
 normalization: imagenet # imagenet | cifar10 | clip
 monte_carlo: 0          # anchors whose distance to their positive is measured at the end (hierarchical-latent Table 1)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torchvision.transforms as T
 import torchvision.transforms.functional as F
-from PIL import Image
+from PIL import Image, ImageFilter
 from timm.data import auto_augment
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -57,14 +57,33 @@ def test_hue_is_exact(shift):
     assert (interleaved(p, n) == np.asarray(F.adjust_hue(Image.fromarray(colours.reshape(n, n, 3)), shift))).all()
 
 
-@pytest.mark.parametrize('size, kernel', [(32, 3), (96, 9), (224, 23)])
-@pytest.mark.parametrize('sigma', [0.1, 0.5, 1.0, 2.0])
-def test_blur_is_within_one_level(size, kernel, sigma):
+def taps(size, sigma):
+    return 2 * augment.blur_reach(size, sigma, 0) + 1
+
+
+@pytest.mark.parametrize('size, kernel, expected', [
+    (32, 3, [3, 3, 3, 3]), (32, 0, [3, 5, 7, 13]), (96, 0, [9, 9, 9, 13]), (224, 0, [23, 23, 23, 23]),
+    (8, 0, [3, 5, 7, 9])])
+def test_blur_is_within_one_level(size, kernel, expected):
     image = picture(size, size, size)
-    p = planar(image)
-    augment._blur(p, size, sigma, np.empty(2 * size * size, np.float32))
-    difference = interleaved(p, size) - np.asarray(F.gaussian_blur(Image.fromarray(image), kernel, [sigma]))
-    assert abs(difference).max() <= 1 and (difference != 0).mean() < 0.01
+    for sigma, wide in zip((0.1, 0.5, 1.0, 2.0), expected):
+        p = planar(image)
+        augment._blur(p, size, sigma, kernel, np.empty(2 * size * size, np.float32))
+        difference = interleaved(p, size) - np.asarray(F.gaussian_blur(Image.fromarray(image), wide, [sigma]))
+        assert abs(difference).max() <= 1 and (difference != 0).mean() < 0.01
+
+
+@pytest.mark.parametrize('size', [32, 64, 224])
+def test_blur_of_small_views_is_as_wide_as_pils(size):
+    """MoCo v2's and mmpretrain's: ImageFilter.GaussianBlur(radius=sigma), whatever the size of the view."""
+    image, far = picture(size, size, size), {}
+    theirs = np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(2.0))).astype(int)
+    for kernel in (0, 3):
+        p = planar(image)
+        augment._blur(p, size, 2.0, kernel, np.empty(2 * size * size, np.float32))
+        inside = (interleaved(p, size).astype(int) - theirs)[8:-8, 8:-8]  # PIL repeats the border's pixels
+        far[kernel] = abs(inside).mean()
+    assert far[0] < 2 and far[3] > 4 * far[0]
 
 
 RANDAUGMENT = auto_augment._RAND_TRANSFORMS               # also PyContrast's list and order
@@ -125,7 +144,7 @@ def render(image, recipe, key):
         x = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)[k](x, d[augment.FB + k])
     operations = d[augment.OPS:].reshape(-1, 3)
     x = F.rgb_to_grayscale(x, 3) if d[augment.GRAYED] and not len(operations) else x
-    x = F.gaussian_blur(x, int(0.1 * size) | 1, [d[augment.SIGMA]]) if d[augment.SIGMA] else x
+    x = F.gaussian_blur(x, taps(size, d[augment.SIGMA]), [d[augment.SIGMA]]) if d[augment.SIGMA] else x
     for operation, level, cubic in operations[operations[:, 0] >= 0]:
         x = by_timm(x, RANDAUGMENT[int(operation)], level, int(cubic))
     x = F.rgb_to_grayscale(x, 3) if d[augment.GRAYED] and len(operations) else x
@@ -232,7 +251,7 @@ def test_draws_of_randaugment_have_timms_distribution():
     ({'size': 32, 'flip': 1.1}, 'flip is 1.1'),
     ({'size': 32, 'jitter': [0.4, 0.4]}, 'jitter is'),
     ({'size': 32, 'jitter': [0, 0, 0, 0.6]}, 'jitter'),
-    ({'size': 32, 'blur_sigma': [0, 2]}, 'blur_sigma'),
+    ({'size': 32, 'blur_sigma': [0, 2]}, 'blur_sigma'), ({'size': 32, 'blur_kernel': 4}, 'blur_kernel'),
     ({'size': 32, 'randaugment': 1.5}, 'randaugment is 1.5'),
     ({'size': 32, 'randaugment': -1}, 'randaugment is -1'),
     ({'size': 32, 'randaugment_magnitude': [11, 0]}, 'randaugment_magnitude'),

@@ -321,7 +321,8 @@ def test_what_the_paper_leaves_open_is_as_in_the_official_codes(pattern):
             recipe = config('pretrain', name)[view]
             assert recipe == {
                 'crop_scale': [crop, 1.0], 'resize': None, 'flip': 0.5, 'jitter': jitter, 'jitter_prob': 0.8,
-                'gray_prob': 0.2, 'blur_prob': blur[k], 'blur_sigma': [0.1, 2.0], 'solarize_prob': solarize[k],
+                'gray_prob': 0.2, 'blur_prob': blur[k], 'blur_sigma': [0.1, 2.0], 'blur_kernel': None,
+                'solarize_prob': solarize[k],
                 'randaugment': keys.get(f'{view}.randaugment', 0), 'randaugment_magnitude': [10, 0.5]}
         if warmup is not None:
             assert (values['optimizer.warmup_epochs'], values['optimizer.final_lr']) == (warmup, final)
