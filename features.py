@@ -1,4 +1,5 @@
 """Frozen features of many images, and what is counted on them: kNN, hits, percent."""
+import os
 from contextlib import closing
 from copy import deepcopy
 from functools import partial
@@ -35,6 +36,11 @@ def labelled(path, recipe, processes):
                         verify=processes.main)
     if loader.metadata['f2'].min() < 0:
         raise Fail(f'{path}: there are images without label (-1)')
+    if len(set(loader.metadata['f2'].tolist())) < 2:
+        names = loader.sidecar['settings'].get('classes') or ['?']
+        raise Fail(f'{path}: all images are of one class ({names[0]}), which any encoder finds: images belong into a '
+                   'folder for each class, directly below dataset.root or below the folder of the split')
+    processes.agree(loader.sidecar['crc32'], path)
     return loader
 
 
@@ -46,7 +52,8 @@ def class_map(train, test):
     pair = f'{test.paths[0]} (test) and {train.paths[0]} (train)'
     described = [loader.sidecar['settings'] for loader in (train, test)]
     ours, theirs = ([described[k].get('dataset', {}).get(key) for key in ('name', 'root', 'split')] for k in (0, 1))
-    if train.sidecar['crc32'] == test.sidecar['crc32'] or ours == theirs and ours[0]:
+    place = lambda described: [*described[::2], described[1] and os.path.realpath(described[1])]
+    if train.sidecar['crc32'] == test.sidecar['crc32'] or place(ours) == place(theirs) and ours[0]:
         raise Fail(f'{pair} hold the same images, and what is measured on those says nothing about new ones: test on '
                    'another split')
     names, test_names = (d.get('classes') or [] for d in described)
@@ -150,15 +157,21 @@ class Monitor:
         for loader in loaders:
             check_size(loader, {'image_size': size})
         self.known, self.samples = class_map(*loaders), [len(loader.metadata) for loader in loaders]
+        self.loaders = {}  # opened once: their threads and checks would cost as much as a short evaluation
         self.classes = int(max(loaders[0].metadata['f2'].max(), self.known.max())) + 1
         if self.knn['k'] > self.samples[0]:
             raise Fail(f"knn.k: {self.knn['k']} neighbours out of {self.samples[0]} images of knn.train_beton")
+
+    def opened(self, part, positions):
+        if part not in self.loaders:
+            self.loaders[part] = plain_images(self.knn[f'{part}_beton'], self.recipe, 256, self.workers, positions)
+        return self.loaders[part]
 
     def accuracy(self, backbone):
         """backbone: of the training, not touched. Top-1 accuracy between 0 and 1, the same on all processes."""
         encoder = Encoder(deepcopy(backbone), *self.mean_std, self.processes.device, self.dtype)
         (train, labels), (test, test_labels) = (
-            all_features(partial(plain_images, self.knn[f'{part}_beton'], self.recipe, 256, self.workers), n, encoder,
-                         self.processes, f'kNN {part}') for part, n in zip(('train', 'test'), self.samples))
+            all_features(partial(self.opened, part), n, encoder, self.processes, f'kNN {part}')
+            for part, n in zip(('train', 'test'), self.samples))
         return knn_accuracy(train, labels, test, self.known[test_labels], self.classes, self.knn['k'],
                             self.knn['temperature'], 256, self.processes)[0] / 100

@@ -63,7 +63,9 @@ linear:                 # linear classifier (GenView section 4.1 for Table 5)
   epochs: 100
   batch_size: 256       # of all processes together
   momentum: 0.9
+  nesterov: false
   weight_decay: 0.0
+  batch_norm: false     # before the classifier, of the batch in training (VISSL's transfer probes)
   augment: true         # random resized crops and flips; false: features are computed once, minutes instead of hours
   crop_scale: [0.08, 1.0]       # share of the image's area
   flip: 0.5                     # probability
@@ -100,9 +102,10 @@ from tqdm import tqdm
 
 from checkpoints import backbone_of, digest
 from common import Log, Processes, StopSignal, answered, earlier, precision_dtype, seed_everything
-from files import load_checkpoint, save_checkpoint, save_json
+from files import load_checkpoint, save_checkpoint, save_json, weights_checksum
 from data import PairLoader, check_size
 from features import Encoder, all_features, class_map, hits, knn_accuracy, labelled, percent, plain_images
+from models import synchronize_batch_norm
 
 
 def lars(groups, **settings):
@@ -182,10 +185,15 @@ def build_probes(linear, lrs, width, classes, saved, device):
     classifier = nn.Linear(width, classes)
     nn.init.normal_(classifier.weight, 0, 0.01)
     nn.init.zeros_(classifier.bias)
-    probes = nn.ModuleList(deepcopy(classifier) for _ in lrs).to(device)
+    probe, decay = [classifier], linear['weight_decay']
+    if linear['batch_norm']:
+        probe = [nn.BatchNorm1d(width), classifier]
+    probes = nn.ModuleList(nn.Sequential(*deepcopy(probe)) for _ in lrs).to(device)
+    synchronize_batch_norm(probes, device)
     optimizer = OPTIMIZERS[linear['optimizer']](
-        [{'params': list(probe.parameters()), 'base_lr': lr} for probe, lr in zip(probes, lrs)], lr=0.0,
-        momentum=linear['momentum'], weight_decay=linear['weight_decay'])
+        [{'params': list(part.parameters()), 'base_lr': lr, 'weight_decay': decay * isinstance(part, nn.Linear)}
+         for probe, lr in zip(probes, lrs) for part in probe], lr=0.0, momentum=linear['momentum'],
+        **({'nesterov': True} if linear['nesterov'] else {}))
     if saved:
         probes.load_state_dict(saved['probes'])
         optimizer.load_state_dict(saved['optimizer'])
@@ -215,14 +223,15 @@ def main(config):
     dataset = sidecars['test']['settings'].get('dataset', {}).get('name')
     metric = config['metric'] or ('mean_per_class' if dataset in PER_CLASS else 'top1')
 
-    # The same question again: show the answer, or go on where it stopped. A new one in the same folder starts anew.
-    fingerprint = digest(backbone)
+    # The same question again: show the answer, or go on where it stopped. A new one leaves an earlier answer beside its
+    # own, and does not take the place of an unfinished one.
+    fingerprint = digest(backbone, info)
     contents = {part: sha256(json.dumps(sidecar['crc32']).encode()).hexdigest() for part, sidecar in sidecars.items()}
     identity = {**config, 'dtype': str(dtype), 'backbone_sha256': fingerprint, 'betons_sha256': contents}
     results_path, checkpoint = folder / 'results.json', folder / 'linear.pt'
     if answered(results_path, identity, BOOKKEEPING, processes, anew=True):
         return
-    saved = earlier(checkpoint, identity, BOOKKEEPING, anew=True, needs=('probes', 'optimizer', 'epoch'))
+    saved = earlier(checkpoint, identity, BOOKKEEPING, needs=('probes', 'optimizer', 'epoch'))
 
     stop, log, begin = StopSignal(), Log(folder, config, processes.main, config['tensorboard']), time.perf_counter()
     log.write('; '.join([info['text'], f'{n_train} training and {n_test} test images', *filter(None, enlarged)]))
@@ -239,8 +248,7 @@ def main(config):
             raise Fail(f"{config['checkpoint']}: features are not finite; set precision=fp32, or the weights are "
                        'damaged')
         return found
-    question = {'backbone': fingerprint, 'mean': list(info['mean']), 'std': list(info['std']), 'recipe': recipe,
-                'dtype': str(dtype)}
+    question = {'backbone': fingerprint, 'recipe': recipe, 'dtype': str(dtype)}
     train, (test, test_labels) = (
         computed_once(folder / f'{part}_features.pt', {**question, 'beton': contents[part]}, partial(compute, part),
                       processes) for part in ('train', 'test'))
@@ -295,14 +303,18 @@ def main(config):
                                          'epoch': epoch + 1, 'config': identity})
             last_saved = time.perf_counter()
     bar.close()
+    probes.eval()
     found = [{'lr': lr, 'protocol': lr == linear['lr'],
               **accuracies(probe, test, test_labels, classes, config['batch'], processes)}
              for lr, probe in zip(lrs, probes)]
-    if digest(backbone) != fingerprint:
+    if digest(backbone, info) != fingerprint:
         raise RuntimeError('the frozen backbone has changed: the results are worthless (a bug, please report it)')
 
     summary = in_words(config, nearest, found, metric, n_test)
     if processes.main:
+        if results_path.is_file():  # of another question
+            results_path.rename(kept := folder / f'results_{weights_checksum(results_path):08x}.json')
+            log.write(f'the results that were there are {kept} now')
         save_json(results_path, {
             'summary': summary, 'metric': metric, 'knn': {'top1': nearest[0], 'top5': nearest[1]},
             'linear': found[0], 'probes': found, 'train_images': n_train, 'test_images': n_test, 'classes': classes,

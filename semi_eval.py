@@ -122,7 +122,8 @@ def listed(path, root, sidecar, indices, beton=None):
     try:
         names = [line.strip() for line in os.fsdecode(Path(path).read_bytes()).splitlines() if line.strip()]
     except OSError as error:
-        raise Fail(f'subset.file: {path}: cannot be read: {error}') from None
+        raise Fail(f'subset.file: {path}: cannot be read: {error}; subset.file=null takes '
+                   'subset.share of the images by the seed instead') from None
     position = {int(index): k for k, index in enumerate(indices)}
     seen = None
     if all(name.isdecimal() for name in names):
@@ -242,7 +243,8 @@ def main(config):
                          device.type == 'cuda') if len(mine) else None
 
     # The same question again: show the answer, or go on where it stopped
-    question = [everything.sidecar['crc32'], every_test.sidecar['crc32'], chosen.tolist(), digest(backbone)]
+    question = [everything.sidecar['crc32'], every_test.sidecar['crc32'], chosen.tolist(),
+                digest(backbone, info)]
     identity = {**config, 'dtype': str(dtype), 'sha256': sha256(json.dumps(question).encode()).hexdigest()}
     results_path, checkpoint = folder / 'results.json', folder / 'checkpoint.pt'
     if answered(results_path, identity, BOOKKEEPING, processes):

@@ -211,6 +211,53 @@ def test_finished_results_are_shown_and_new_questions_asked(workplace, tmp_path,
     assert (tmp_path / 'results.json').stat().st_mtime_ns == written
     linear_eval.main(config_of(workplace, f'output={tmp_path}', 'knn.k=3'))
     assert (tmp_path / 'results.json').stat().st_mtime_ns != written and results(tmp_path)['config']['knn']['k'] == 3
+    kept, = tmp_path.glob('results_*.json')  # the first answer
+    assert kept.stat().st_mtime_ns == written and json.loads(kept.read_text())['config']['knn']['k'] == 5
+
+
+def test_an_unfinished_probe_is_not_replaced(workplace, tmp_path, monkeypatch):
+    changes = ('linear.augment=true', f'output={tmp_path}')
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(linear_eval, 'in_words', lambda *_: 1 / 0)
+        linear_eval.main(config_of(workplace, *changes))
+    unfinished = (tmp_path / 'linear.pt').read_bytes()
+    with pytest.raises(Fail, match=r'linear.pt was made with another config: knn.k .was 5, now 3.*set another output'):
+        linear_eval.main(config_of(workplace, *changes, 'knn.k=3'))
+    assert (tmp_path / 'linear.pt').read_bytes() == unfinished
+    linear_eval.main(config_of(workplace, *changes))
+    assert not (tmp_path / 'linear.pt').exists()
+
+
+def test_other_statistics_in_the_file_are_another_question(workplace, tmp_path, capsys):
+    content = torch.load(workplace / 'backbone.pt', weights_only=True)
+    for mean, again in ((MEAN, False), (MEAN, True), ([0.1, 0.1, 0.1], False)):
+        torch.save({**content, 'mean': mean}, tmp_path / 'copy.pt')
+        linear_eval.main(config_of(workplace, f'checkpoint={tmp_path}/copy.pt', f'output={tmp_path}/out'))
+        assert ('finished before' in capsys.readouterr().out) == again
+        assert results(tmp_path / 'out')['mean'] == mean
+
+
+def test_images_of_one_class_are_no_question(workplace, tmp_path):
+    write_beton(tmp_path / 'one.beton', lambda i: (*coloured_samples()(i)[:2], 0, i, -1), 31, {'classes': ['images']},
+                num_workers=1)
+    with pytest.raises(Fail, match=r'one.beton: all images are of one class \(images\), which any encoder finds'):
+        linear_eval.main(config_of(workplace, f'test_beton={tmp_path}/one.beton', f'output={tmp_path}/out'))
+
+
+def test_batch_norm_before_the_classifier_is_vissls(workplace, tmp_path):
+    """Features of any scale are learned from at one rate; the statistics of the batch train, running ones measure."""
+    changes = ('linear.batch_norm=true', 'linear.weight_decay=0.1', 'linear.nesterov=true')
+    linear = config_of(workplace, *changes)['linear']
+    torch.manual_seed(0)
+    probes, optimizer, _ = linear_eval.build_probes(linear, [0.1, 1.0], 4, 3, None, torch.device('cpu'))
+    assert [type(part).__name__ for part in probes[0]] == ['BatchNorm1d', 'Linear']
+    assert [(g['base_lr'], g['weight_decay'], g['nesterov']) for g in optimizer.param_groups] == [
+        (0.1, 0.0, True), (0.1, 0.1, True), (1.0, 0.0, True), (1.0, 0.1, True)]
+    x = torch.randn(64, 4) * 1000 + 5
+    assert torch.allclose(probes[0](x), probes[0][1]((x - x.mean(0)) / x.std(0, unbiased=False)), atol=1e-4)
+    linear_eval.main(config_of(workplace, 'linear.batch_norm=true', 'linear.more_lrs=[0.01]', f'output={tmp_path}/a'))
+    found = results(tmp_path / 'a')
+    assert found['linear']['top1'] > 90 and len(found['probes']) == 2
 
 
 def test_damaged_kept_features_are_computed_again(workplace, tmp_path):
