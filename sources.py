@@ -135,7 +135,10 @@ def rgb(image):
     image.load()                                         # here a truncated file is found
     if image.mode[0] in 'IF':
         values = np.asarray(image).astype(np.float64)
-        values = values / 257 if values.max() > 255 else values
+        if image.mode == 'F' and 0 <= values.min() and values.max() <= 1:
+            values = values * 255
+        elif image.mode.startswith('I;16') or values.max() > 255:
+            values = values / 257
         image = Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
     elif image.mode in ('RGBA', 'LA', 'PA') or 'transparency' in image.info:
         image = image.convert('RGBA')
@@ -158,6 +161,7 @@ def source_dataset(spec):
     known = {'name': None, 'root': 'datasets', 'split': 'train', 'download': False, 'subset': None}
     check_keys(spec, known, 'dataset')
     name, root, split, download, subset = {**known, **spec}.values()
+    name = 'folder' if name == 'ImageFolder' else name   # torchvision's would take splits for classes
     root, home, paths, note = Path(root), Path(root), None, None
     if split not in ('train', 'test', 'val'):
         raise Fail(f'dataset: split {split!r} is not one of train, test, val')
@@ -321,7 +325,7 @@ def _split_folder(root, folders, split):
 def _folder(root, split, download):
     folders = lambda: [entry.name for entry in visible(root) if is_folder(entry)]
     root, others = _split_folder(root, folders(), split)
-    files, labels, classes, empty, left = [], [], [], [], Counter()
+    files, labels, classes, empty, deep, left = [], [], [], [], [], Counter()
     direct = [entry.name for entry in visible(root) if not is_folder(entry)]
     for name in folders():
         inside = sorted(f'{name}/{file}' for file in walk(root / name))
@@ -330,6 +334,13 @@ def _folder(root, split, download):
         labels += [len(classes)] * len(images)
         files += images
         (classes if images else empty).append(name)
+        below = {file.split('/')[1] if file.count('/') > 1 else None for file in images} - {None}
+        splits = [part for part in sorted(below) if any(part.lower() in names for names in SPLIT_FOLDERS.values())]
+        if len(splits) > 1:
+            raise Fail(f'dataset: {root}: {name} would be one class, but it holds the splits {few(splits)}: set '
+                       f'dataset.root={root / name}, or rename them where they are none')
+        if below and len(images) == sum(file.count('/') > 1 for file in images):
+            deep.append(f'{name}/{min(below)}')
     left.update(os.path.splitext(file)[1].lower() for file in direct if not is_image(file))
     direct = [file for file in direct if is_image(file)]
     skipped = ', '.join(f'{n} {kind or "without extension"}' for kind, n in sorted(left.items()))
@@ -339,6 +350,8 @@ def _folder(root, split, download):
     notes = [text for text in (
         others and f'not used beside the splits: {few(others)}',
         empty and f'folders without images, which are no classes: {few(empty)}',
+        deep and f'classes whose images all lie in folders inside them: {few(deep)} (where those are the classes, set '
+        'dataset.root to the folder above them)',
         files and direct and f'{len(direct)} images directly in it are not used, only those of its folders',
         left and f'files that are not read, by extension: {skipped}') if text]
     note = f'{root}: {"; ".join(notes)}' if notes else None
@@ -421,10 +434,11 @@ def _torchvision(name, root, split, download):
         known = next((getattr(found, k) for k in ('targets', 'labels', '_labels') if hasattr(found, k)), None)
         files = next((getattr(found, k) for k in ('_image_files', '_images') if hasattr(found, k)), None)
         samples = getattr(found, 'samples', getattr(found, '_samples', []))
+        named = samples and isinstance(samples[0][0], (str, os.PathLike))        # FER2013's hold pixels
         if known is None:                                # else nothing but the samples knows them
             known = [s[1] for s in samples] or [found[i][1] for i in range(len(found))]
         parts, labels = parts + [found], labels + list(known)
-        paths += [os.path.relpath(p, root) for p in (files or [s[0] for s in samples])]
+        paths += [os.path.relpath(p, root) for p in (files or [s[0] for s in samples if named])]
     ends = np.cumsum([len(found) for found in parts])
 
     def read(k):

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.io
+import torch
 import torchvision
 from PIL import Image
 
@@ -251,13 +252,49 @@ def test_a_wrong_dataset_is_one_clear_line(tmp_path, spec, words):
     assert '\n' not in str(e.value) and not os.listdir(tmp_path)
 
 
-def test_torchvision_dataset_by_name(tmp_path):
-    for i, name in enumerate(('a', 'b')):
-        (tmp_path / name).mkdir()
+def test_torchvisions_folder_is_ours(tmp_path):
+    """Its own would take splits, and hidden folders with images, for classes."""
+    for i, name in enumerate(('train/a', 'train/b', 'train/.ipynb_checkpoints', 'val/b')):
+        (tmp_path / name).mkdir(parents=True)
         Image.fromarray(picture(i)).save(tmp_path / name / 'x.png')
     source = source_dataset({'name': 'ImageFolder', 'root': str(tmp_path)})
-    assert len(source) == 2 and source[1][1] == 1 and source.path(1) == 'b/x.png'
+    assert source.classes == ['a', 'b'] and source[1][1] == 1 and source.path(1) == 'b/x.png'
     assert (np.asarray(source[1][0]) == picture(1)).all()
+
+
+def test_trees_that_are_a_level_too_deep(tmp_path):
+    put(tmp_path, *(f'{top}/{kind}/{k}.png' for top in ('seg_train', 'seg_test') for kind in ('x', 'y') for k in '12'))
+    note = source_dataset({'name': 'folder', 'root': str(tmp_path)}).note
+    assert 'lie in folders inside them: seg_test/x, seg_train/x' in note and '\n' not in note
+    put(tmp_path, 'seg_train/1.png')  # images of its own: a class with folders in it
+    assert 'inside them: seg_test/x (' in source_dataset({'name': 'folder', 'root': str(tmp_path)}).note
+    put(tmp_path / 'two', *(f'set/{split}/{kind}/1.png' for split in ('train', 'val') for kind in 'xy'), 'z/1.png')
+    words = 'set would be one class, but it holds the splits train, val: set dataset.root=.*/set'
+    with pytest.raises(Fail, match=words):
+        source_dataset({'name': 'folder', 'root': str(tmp_path / 'two')})
+    put(tmp_path / 'three', 'engine/train/1.png', 'engine/wagon/1.png', 'ship/1.png')  # a train is a thing too
+    assert source_dataset({'name': 'folder', 'root': str(tmp_path / 'three')}).classes == ['engine', 'ship']
+
+
+def test_images_that_are_no_files(tmp_path, monkeypatch):
+    """FER2013 keeps (pixels, label) where others keep (path, label)."""
+    class Pixels(torchvision.datasets.FER2013):
+        def __init__(self, root, split='train'):
+            self._samples = [(torch.full((4, 4), 40 * k, dtype=torch.uint8), k) for k in range(3)]
+            self.transform = self.target_transform = None
+    monkeypatch.setattr(torchvision.datasets, 'FER2013', Pixels)
+    source = source_dataset({'name': 'FER2013', 'root': str(tmp_path)})
+    assert source.labels.tolist() == [0, 1, 2] and source.path(1) is None
+    assert (np.asarray(source[2][0]) == 80).all() and len({source.identity(k) for k in range(3)}) == 3
+
+
+def test_brightness_of_16_bits_and_of_floats_does_not_depend_on_the_image(tmp_path):
+    for k, (value, kind, expected) in enumerate((
+            (250, np.uint16, 1), (260, np.uint16, 1), (51400, np.uint16, 200), (0.5, np.float32, 128),
+            (200, np.float32, 200), (51400, np.int32, 200))):
+        Image.fromarray(np.full((4, 4), value, kind)).save(tmp_path / f'{k}.tiff')
+        image, _ = source_dataset({'name': 'folder', 'root': str(tmp_path)})[k]
+        assert (np.asarray(image) == expected).all(), (value, kind)
 
 
 def test_cifar_that_cannot_be_fetched_leaves_nothing(tmp_path, monkeypatch):
