@@ -257,8 +257,9 @@ class PairLoader:
                  synthetic images, say (GenView Table 4). `index` stays that of the beton a sample comes from
     views        one recipe per view: size (pixels), crop_scale [lo, hi] (share of the area; null: the shorter side is
                  resized to `resize`, the centre cut out), flip, jitter [brightness, contrast, saturation, hue],
-                 jitter_prob, gray_prob, blur_prob, blur_sigma [lo, hi], solarize_prob, randaugment (operations),
-                 randaugment_magnitude [mean, standard deviation]. What is left out is off.
+                 jitter_prob, gray_prob, blur_prob, blur_sigma [lo, hi], blur_kernel (pixels, null: by sigma),
+                 solarize_prob, randaugment (operations), randaugment_magnitude [mean, standard deviation]. What is
+                 left out is off.
     generated    what a view that is cut from a synthetic image has instead in its recipe, {'blur_prob': 0.0} say
     alpha        probability that one view of a sample is cut from its synthetic image (GenView sec. 3.2)
     swap         which of the first two views: 'random' (each sample and epoch anew, as GenView's code), 'first',
@@ -298,6 +299,7 @@ class PairLoader:
         path = ' + '.join(map(str, self.paths))
         sidecars = [open_beton(p, verify=rank == 0 if verify is None else verify) for p in self.paths]
         self.sizes = [sidecar['bytes'] for sidecar in sidecars]
+        self.classes = [sidecar['settings'].get('classes') for sidecar in sidecars]
         self.sidecar = sidecars[0] if len(sidecars) == 1 else {
             **{key: sum(sidecar[key] for sidecar in sidecars) for key in ('samples', 'with_view', 'bytes')},
             'max_resolution': max(sidecar['max_resolution'] for sidecar in sidecars),
@@ -398,12 +400,26 @@ class PairLoader:
     def _render(self, ids, table, first, last, arguments, pixels, synthetic):
         if not hasattr(self.local, 'scratch'):           # one per thread; pages that are never touched cost nothing
             self.local.scratch = [np.empty(shape, kind) for shape, kind in self.scratch]
-        failed = render(self.io, table, first, last, *arguments, *self.local.scratch, pixels, synthetic)
-        if failed >= 0:
-            k, field = ids[failed >> 2], ('image', 'view')[failed >> 1 & 1]
-            what = 'is a JPEG that does not decode' if failed & 1 else 'ends early: the file has been truncated'
+        while (failed := render(self.io, table, first, last, *arguments, *self.local.scratch, pixels, synthetic)) >= 0:
+            first, field = failed >> 2, failed >> 1 & 1
+            k, what = ids[first], 'is a JPEG that does not decode: write it again'
+            if not failed & 1:
+                what = self._short(table[first], 5 * field)
+                if what is None:                         # a signal, a network: now it can be read
+                    continue
+            field = ('image', 'view')[field]
             raise Fail(f'{self.paths[self.file_of[k]]}: `{field}` of the sample with index '
-                       f'{self.metadata["f3"][k]} {what}: write it again')
+                       f'{self.metadata["f3"][k]} {what}')
+
+    def _short(self, row, column):
+        """Why a read gave less than it should, in words; None where it gives all now (Python goes on after signals)."""
+        at, size = row[column:column + 2].tolist()
+        try:
+            if len(os.pread(self.files[row[FILE]].fileno(), size, at)) == size:
+                return None
+        except OSError as error:
+            return f'cannot be read: {error.strerror}'
+        return 'ends early: the file has been truncated: write it again'
 
     def _collect(self, batch, jobs):
         for job in jobs:

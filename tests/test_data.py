@@ -693,6 +693,30 @@ def test_a_file_truncated_while_it_is_read(copy):
         loader.epoch(1)
 
 
+def test_a_read_that_a_signal_or_the_network_cut_short_is_tried_again(copy, monkeypatch):
+    loader = lambda: PairLoader(copy, [FULL, FULL], batch_size=20, seed=0, num_workers=1)
+    expected, render, calls = epoch(loader(), 0), data.render, []
+
+    def cut(io, table, first, last, *rest):
+        calls.append(first)
+        if len(calls) in (2, 5):                         # in the middle of a part, which goes on from there
+            assert render(io, table, first, last - 1, *rest) == -1
+            return 4 * (last - 1) + 2 * data.VIEW
+        return render(io, table, first, last, *rest)
+    monkeypatch.setattr(data, 'render', cut)
+    found = epoch(loader(), 0)
+    assert found.keys() == expected.keys() and all(found[k] == expected[k] for k in found)
+    assert len(calls) > 5 and calls[2] > calls[1]
+
+    def lost(file, size, at):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+    third = loader()
+    calls.clear()
+    monkeypatch.setattr(data.os, 'pread', lost)
+    with pytest.raises(Fail, match='`view` of the sample with index [0-9]+ cannot be read: Stale file handle'):
+        epoch(third, 0)
+
+
 @pytest.mark.parametrize('change, words', [
     (dict(batch_size=61), 'batch of 61'),
     (dict(batch_size=31, world=2), 'batch of 31 on each of 2'),
