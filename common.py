@@ -76,6 +76,15 @@ class Processes:
         dist.all_reduce(total)
         return total.item() > 0
 
+    def agree(self, value, what):
+        """Raises Fail on every process where `value`, of a file that all of them read, is not the same on all."""
+        if dist.is_initialized():
+            values = [None] * self.world
+            dist.all_gather_object(values, value)
+            if other := [rank for rank, found in enumerate(values) if found != values[0]]:
+                raise Fail(f'{what}: process {other[0]} reads another content there than process 0: copies on several '
+                           'machines must be the same')
+
 
 def keep_memory():
     """The process keeps the memory that it frees, up to its peak: glibc hands large blocks back to the system, and the
@@ -254,7 +263,7 @@ class Log:
             self.folder.mkdir(parents=True, exist_ok=True)
             if alone:
                 self.lock = open(self.folder / '.lock', 'ab')
-                lock(self.lock, fcntl.lockf)  # not flock: workers that outlive a killed process would inherit it
+                locked = lock(self.lock, fcntl.lockf)  # not flock: workers that outlive a kill would inherit it
             path = self.folder / 'log.jsonl'
             cut = path.is_file() and path.read_bytes()[-1:] not in (b'', b'\n')  # by a kill; it takes none along
             self.file = open(path, 'a', buffering=1, encoding='utf-8')
@@ -266,6 +275,8 @@ class Log:
         except OSError as error:
             raise Fail(f'{error.filename or self.folder}: cannot be written: {error.strerror}; set another output='
                        ) from None
+        if alone and not locked:
+            say(f'{self.folder}: the file system knows no locks: a second process in it would go unnoticed', sys.stderr)
         atomic(self.folder / 'config.yaml', lambda p: p.write_text(yaml.safe_dump(config, sort_keys=False)))
         save_json(self.folder / 'versions.json', versions())
         self.file.write(json.dumps({'command': ' '.join(sys.argv), 'time': time.strftime('%Y-%m-%d %H:%M:%S')}) + '\n')

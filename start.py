@@ -23,7 +23,7 @@ def run(stage, defaults, nullable=()):
     open_streams()
     try:
         stage(load_config(defaults, sys.argv[1:], nullable))
-    except (Fail, OSError, RuntimeError) as error:
+    except (Fail, OSError, RuntimeError, MemoryError) as error:
         if isinstance(error, OSError):
             if error.errno in (errno.ENOSPC, errno.EDQUOT):  # met by the log; the rest is atomic()
                 error = f'{error.strerror}: make room, and the same command goes on'
@@ -32,6 +32,9 @@ def run(stage, defaults, nullable=()):
                 error = f'{error.filename}: {error.strerror}: mend that, or name another in the YAML'
             else:
                 raise
+        elif isinstance(error, MemoryError) or re.search(NO_MEMORY, str(error)):
+            error = ('out of memory' + f": {' '.join(str(error).split())[:200]}" * bool(str(error)) + '; set a smaller '
+                     'batch (batch_size, batch, or accumulate in pretrain.py), image or network')
         elif isinstance(error, RuntimeError):
             if not re.search(LOST_WORKER, str(error)):
                 raise
@@ -48,6 +51,8 @@ def run(stage, defaults, nullable=()):
 
 LOST_WORKER = (r'DataLoader worker \(pid.*(killed|exited)|[Pp]in memory thread exited|'
                r'(allocate shared memory|shm|mmap|resize).*(No space left|Cannot allocate)')
+
+NO_MEMORY = r"out of memory|[Nn]ot enough memory|can't allocate memory"
 
 
 def group():

@@ -3,15 +3,20 @@ import errno
 import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import common  # noqa: E402
+import start  # noqa: E402
 from common import Log, Processes, ranks, shard  # noqa: E402
 from config import Fail  # noqa: E402
 
@@ -119,14 +124,53 @@ def test_two_processes_in_one_run_folder(tmp_path):
 
 
 @pytest.mark.parametrize('number', [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL])
-def test_file_system_without_locks(number, tmp_path, monkeypatch):
+def test_file_system_without_locks(number, tmp_path, monkeypatch, capsys):
     def refuse(*_):
         raise OSError(number, os.strerror(number))
     monkeypatch.setattr(fcntl, 'lockf', refuse)
     log = Log(tmp_path, {})
     log.write(step=1)
     log.close()
+    assert 'the file system knows no locks: a second process in it would go unnoticed' in capsys.readouterr().err
     assert (tmp_path / 'log.jsonl').read_text().endswith('{"step": 1}\n')
+
+
+def test_copies_of_a_file_that_differ_between_processes(monkeypatch):
+    processes = Processes('cpu')
+    processes.agree([1, 2], 'pairs.beton')  # alone
+
+    def gathered(values, mine):
+        values[:] = found
+    monkeypatch.setattr(common.dist, 'is_initialized', lambda: True)
+    monkeypatch.setattr(common.dist, 'all_gather_object', gathered)
+    processes.world, found = 3, [[1, 2]] * 3
+    processes.agree([1, 2], 'pairs.beton')
+    found = [[1, 2], [1, 2], [1, 3]]
+    with pytest.raises(Fail, match='^pairs.beton: process 2 reads another content there than process 0: copies'):
+        processes.agree([1, 2], 'pairs.beton')
+
+
+@pytest.mark.parametrize('error', [
+    MemoryError(), MemoryError('Unable to allocate 7.45 TiB for an array'),
+    RuntimeError('CUDA out of memory. Tried to allocate 2.00 GiB'),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:119] DefaultCPUAllocator: can't allocate memory: you tried to")])
+def test_out_of_memory_is_one_line(error, monkeypatch, capsys):
+    def stage(config):
+        raise error
+    monkeypatch.setattr(sys, 'argv', ['pretrain.py'])
+    monkeypatch.setattr(start, 'load_config', lambda *_: {})
+    with pytest.raises(SystemExit) as left:
+        start.run(stage, '')
+    line, = capsys.readouterr().err.splitlines()
+    assert left.value.code == 2 and line.startswith('pretrain.py: out of memory') and 'set a smaller batch' in line
+    assert str(error)[:40] in line
+
+
+def test_memory_that_torch_cannot_get_is_recognised():
+    for take in (lambda: torch.empty(1 << 60, dtype=torch.uint8), lambda: np.empty(1 << 60, np.uint8)):
+        with pytest.raises((RuntimeError, MemoryError)) as error:
+            take()
+        assert isinstance(error.value, MemoryError) or re.search(start.NO_MEMORY, str(error.value))
 
 
 def test_run_folder_that_cannot_be_made(tmp_path):
