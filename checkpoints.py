@@ -86,9 +86,10 @@ class _Inert:
         pass
 
 
-def digest(module):
-    """sha256 of all parameters and buffers, byte for byte."""
-    total = hashlib.sha256()
+def digest(module, info):
+    """sha256 of all parameters and buffers, byte for byte, and of what they do not tell of the network: `info`."""
+    total = hashlib.sha256(json.dumps([info[key] for key in (
+        'arch', 'stem', 'width', 'patch_size', 'heads', 'mean', 'std', 'image_size')]).encode())
     for name, value in module.state_dict().items():
         total.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
     return total.hexdigest()

@@ -20,10 +20,12 @@ PRECISE_BN); on VOC, boxes are matched as on COCO, so that a difficult object ex
 import io
 import json
 import os
+import signal
 import sys
 import time
-from contextlib import redirect_stdout
+from contextlib import closing, redirect_stdout
 from functools import lru_cache
+from hashlib import sha256
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -296,10 +298,16 @@ def positions(n, config, processes, first, last):
         yield [(position, order(position // n)[position % n]) for position in range(start, start + size)]
 
 
+def ignore_signals(worker):
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def batches(images, keys, config, device):
-    """The samples that `keys` name, read ahead; Fail says which one cannot be used."""
+    """The samples that `keys` name, read ahead; Fail says which one cannot be used. To be closed by who asked: Slurm
+    signals all processes of a job, and the workers ignore what the stage answers by saving."""
     for samples in DataLoader(images, batch_sampler=keys, num_workers=config['num_workers'], collate_fn=list,
-                              pin_memory=device.type == 'cuda'):
+                              pin_memory=device.type == 'cuda', worker_init_fn=ignore_signals):
         for problem in (sample for sample in samples if isinstance(sample, str)):
             raise Fail(problem)
         yield samples
@@ -357,20 +365,20 @@ def detect(model, images, categories, config, processes, dtype, stop):
     keys = [[(0, k)] for k in range(processes.rank, len(images), processes.world)]
     model.eval()
     model.transform.min_size = [config['test_size']]
-    for (image, number), in tqdm(batches(images, keys, config, device), 'detections', len(keys),
-                                 disable=None if processes.main else True):
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            found, = model([image.to(device).float() / 255])
-        found['boxes'][:, 2:] -= found['boxes'][:, :2]
-        labels, boxes, scores = (found[key].tolist() for key in ('labels', 'boxes', 'scores'))
-        detections += [{'image_id': number, 'category_id': categories[label - 1], 'bbox': box, 'score': score}
-                       for label, box, score in zip(labels, boxes, scores)]
-        if labels and 'masks' in found:
-            masks = rle.encode(np.asfortranarray((found['masks'][:, 0] > 0.5).byte().permute(1, 2, 0).cpu().numpy()))
-            for detection, mask in zip(detections[-len(labels):], masks):
-                detection['segmentation'] = {**mask, 'counts': mask['counts'].decode()}
-        if stop:
-            break
+    with closing(batches(images, keys, config, device)) as parts:
+        for (image, number), in tqdm(parts, 'detections', len(keys), disable=None if processes.main else True):
+            with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+                found, = model([image.to(device).float() / 255])
+            found['boxes'][:, 2:] -= found['boxes'][:, :2]
+            labels, boxes, scores = (found[key].tolist() for key in ('labels', 'boxes', 'scores'))
+            detections += [{'image_id': number, 'category_id': categories[label - 1], 'bbox': box, 'score': score}
+                           for label, box, score in zip(labels, boxes, scores)]
+            if labels and 'masks' in found:
+                masks = (found['masks'][:, 0] > 0.5).byte().permute(1, 2, 0).cpu().numpy()
+                for detection, mask in zip(detections[-len(labels):], rle.encode(np.asfortranarray(masks))):
+                    detection['segmentation'] = {**mask, 'counts': mask['counts'].decode()}
+            if stop:
+                break
     return detections
 
 
@@ -422,8 +430,13 @@ def main(config):
     test_images = Images(test, test_folder, labels, masks)
     if not len(train_images):
         raise Fail(f"dataset.train: no image of {dataset['train']} has an object to learn")
+    both = {str(train_folder / i['file_name']) for i in train.dataset['images']} & {
+        str(test_folder / i['file_name']) for i in test.dataset['images']}
+    truth = json.dumps([test.dataset['annotations'], sorted(names.items())]).encode()
     empty, train = len(train.imgs) - len(train_images), None
-    identity = {**config, 'images': [len(train_images), len(test_images)], 'backbone_sha256': digest(backbone)}
+    identity = {**config, 'dtype': str(dtype), 'backbone_sha256': digest(backbone, {**info, 'mean': mean, 'std': std}),
+                'data_sha256': [sha256(part).hexdigest() for part in (
+                    train_images.content.tobytes(), test_images.content.tobytes(), truth)]}
     saved = earlier(checkpoint, identity, BOOKKEEPING, needs=('model', 'optimizer', 'scaler', 'iteration'))
     if answered(results, identity, BOOKKEEPING, processes):
         return
@@ -445,49 +458,52 @@ def main(config):
               f'{mean}, std {std}; {len(train_images)} training images, {empty} more without objects, '
               f"{len(test_images)} test images, {len(categories)} categories; global batch {config['batch_size']} on "
               f'{world} x {device.type}, {str(dtype)[6:]}' + f'; resumed at iteration {first}' * bool(saved))
+    log.write(f'WARNING: {len(both)} images of dataset.test are images of dataset.train ({min(both)}): what is '
+              'measured on those says nothing about new ones' if both else None)
     train_batches = batches(train_images, positions(len(train_images), config, processes, first, iterations), config,
                             device)
     step, waited, sums, counted, leave, since = first, 0.0, {}, 0, False, time.perf_counter()
     bar = tqdm(total=iterations, initial=first, unit='iteration', disable=None if processes.main else True)
-    while step < iterations and not leave:
-        asked = time.perf_counter()
-        samples = next(train_batches)
-        waited += time.perf_counter() - asked
-        for group in optimizer.param_groups:
-            group['lr'] = learning_rate(step, config)
-        torch.manual_seed(hash((config['seed'], step, processes.rank)))  # sizes and regions are drawn from it
-        images = [image.to(device, non_blocking=True).float() / 255 for image, _ in samples]
-        targets = [{k: v.to(device, non_blocking=True) for k, v in target.items()} for _, target in samples]
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            losses = wrapped(images, targets)
-        optimizer.zero_grad()
-        scaler.scale(sum(losses.values())).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        step, counted = step + 1, counted + 1
-        sums = {name: sums.get(name, 0) + loss.detach() for name, loss in losses.items()}
-        bar.update()
-        leave = processes.any(stop)
-        save = leave or step % config['save_every'] == 0 or step == iterations
-        if save or step % config['log_every'] == 0:
-            if not torch.stack(torch._foreach_norm(parameters)).isfinite().all():
-                raise Fail(f'iteration {step}: the weights are not finite; lower lr, raise warmup or set precision=fp32'
-                           + f'; the last good checkpoint is {checkpoint}' * checkpoint.is_file())
-            parts, seconds = {k: global_mean(v / counted) for k, v in sums.items()}, time.perf_counter() - since
-            line = {'step': step, 'loss': sum(parts.values()), **parts, 'lr': optimizer.param_groups[0]['lr'],
-                    'images_per_second': round(counted * config['batch_size'] / seconds, 1),
-                    'data_wait': round(waited / seconds, 4)}
-            text = (f"loss {line['loss']:.4f}  lr {line['lr']:.4g}  {line['images_per_second']} images/s  "
-                    f"data wait {line['data_wait']:.0%}")
-            bar.set_postfix_str(text)
-            log.write(f'iteration {step}/{iterations}  {text}' if bar.disable else None, **line)
-            waited, sums, counted, since = 0.0, {}, 0, time.perf_counter()
-        if save:
-            average_running_statistics(model)
-            if processes.main:
-                save_checkpoint(checkpoint, {'model': model.state_dict(), 'optimizer': optimizer.state_dict(),
-                                             'scaler': scaler.state_dict(), 'iteration': step, 'config': identity})
-            processes.barrier()  # nobody goes on, or leaves, before it is written
+    with closing(train_batches):
+        while step < iterations and not leave:
+            asked = time.perf_counter()
+            samples = next(train_batches)
+            waited += time.perf_counter() - asked
+            for group in optimizer.param_groups:
+                group['lr'] = learning_rate(step, config)
+            torch.manual_seed(hash((config['seed'], step, processes.rank)))  # sizes and regions are drawn from it
+            images = [image.to(device, non_blocking=True).float() / 255 for image, _ in samples]
+            targets = [{k: v.to(device, non_blocking=True) for k, v in target.items()} for _, target in samples]
+            with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+                losses = wrapped(images, targets)
+            optimizer.zero_grad()
+            scaler.scale(sum(losses.values())).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            step, counted = step + 1, counted + 1
+            sums = {name: sums.get(name, 0) + loss.detach() for name, loss in losses.items()}
+            bar.update()
+            leave = processes.any(stop)
+            save = leave or step % config['save_every'] == 0 or step == iterations
+            if save or step % config['log_every'] == 0:
+                if not torch.stack(torch._foreach_norm(parameters)).isfinite().all():
+                    raise Fail(f'iteration {step}: the weights are not finite; lower lr, raise warmup or set '
+                               'precision=fp32' + f'; the last good checkpoint is {checkpoint}' * checkpoint.is_file())
+                parts, seconds = {k: global_mean(v / counted) for k, v in sums.items()}, time.perf_counter() - since
+                line = {'step': step, 'loss': sum(parts.values()), **parts, 'lr': optimizer.param_groups[0]['lr'],
+                        'images_per_second': round(counted * config['batch_size'] / seconds, 1),
+                        'data_wait': round(waited / seconds, 4)}
+                text = (f"loss {line['loss']:.4f}  lr {line['lr']:.4g}  {line['images_per_second']} images/s  "
+                        f"data wait {line['data_wait']:.0%}")
+                bar.set_postfix_str(text)
+                log.write(f'iteration {step}/{iterations}  {text}' if bar.disable else None, **line)
+                waited, sums, counted, since = 0.0, {}, 0, time.perf_counter()
+            if save:
+                average_running_statistics(model)
+                if processes.main:
+                    save_checkpoint(checkpoint, {'model': model.state_dict(), 'optimizer': optimizer.state_dict(),
+                                                 'scaler': scaler.state_dict(), 'iteration': step, 'config': identity})
+                processes.barrier()  # nobody goes on, or leaves, before it is written
     bar.close()
     if leave:
         log.write(f'{stop.name or "stop signal"}: saved at iteration {step} of {iterations}; the same command resumes')

@@ -28,6 +28,7 @@ eigenvector, or the file of `pca`, into it), `mean` (K,), `threshold`, `explaine
 projected and not normalised (zeros: unreadable), made for numpy.load(..., mmap_mode='r'); histogram.png,
 foreground.png, config.yaml, versions.json, log.jsonl.
 """
+import json
 import os
 import shutil
 import time
@@ -297,18 +298,7 @@ def draw(folder, sweep, indices, pc, projection, threshold, proportion, level):
 def main(config):
     check(config)
     folder, first = run_folder(config['output']), ranks()[0] == 0
-    if (folder / 'config.yaml').is_file():
-        try:
-            old = yaml.safe_load((folder / 'config.yaml').read_text(encoding='utf-8'))
-            if not isinstance(old, dict) or not config.keys() <= old.keys():
-                raise ValueError('not all keys are there')
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            raise unreadable(folder / 'config.yaml', error, 'nothing else tells which settings the files beside it '
-                             f'were made with: delete {folder} to start again') from None
-        changed = changed_keys(old, config, FREE)
-        if changed:
-            raise Fail(f"{folder}: holds a run with other settings: {', '.join(changed)}; "
-                       'choose another output, or delete the folder to start again')
+    same_settings(folder, config)
     finished = folder / 'fg_proportion.npz'
     if not finished.is_file():
         try:
@@ -316,17 +306,60 @@ def main(config):
         except Fail:
             if not finished.is_file():  # otherwise another task was faster and has removed what this one was reading
                 raise
+            same_settings(folder, config)
     elif first:
-        known = load_arrays(finished, f'delete {folder} to start again', keys=()).get('identity')
-        # None: of an earlier version, or with proportions=false. The tasks of an array would all look at all images
-        if known is not None and 'SLURM_ARRAY_TASK_ID' not in os.environ and not config['shard']:
+        result = load_arrays(finished, f'delete {folder} to start again', keys=())
+        if 'SLURM_ARRAY_TASK_ID' not in os.environ and not config['shard']:  # not all tasks look at all images
             source = source_dataset({**config['dataset'], 'download': False})
-            same_images(source, np.arange(len(source)), known, finished, 'delete the folder to start again')
+            if 'identity' in result:
+                same_images(source, np.arange(len(source)), result['identity'], finished,
+                            'delete the folder to start again')
+            elif 'pca_images' in result:
+                same_pca_images(source, result, finished)
         say(f'{folder}: this run is finished; delete the folder to start again')
     if finished.is_file() and first:
         for leftover in folder.glob('.*.tmp*'):  # of killed processes
             leftover.unlink(missing_ok=True)
         shutil.rmtree(folder / 'parts', ignore_errors=True)
+
+
+def same_settings(folder, config):
+    if not (folder / 'config.yaml').is_file():
+        return
+    try:
+        old = yaml.safe_load((folder / 'config.yaml').read_text(encoding='utf-8'))
+        if not isinstance(old, dict) or not config.keys() <= old.keys():
+            raise ValueError('not all keys are there')
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise unreadable(folder / 'config.yaml', error, 'nothing else tells which settings the files beside it '
+                         f'were made with: delete {folder} to start again') from None
+    changed = changed_keys(old, config, FREE)
+    if changed:
+        raise Fail(f"{folder}: holds a run with other settings: {', '.join(changed)}; "
+                   'choose another output, or delete the folder to start again')
+
+
+def same_pca_images(source, seen, what):
+    """Raises Fail where the images of the component are not the ones that are `seen`: their numbers and identities."""
+    known = np.zeros(int(seen['images']), np.uint32)
+    known[seen['pca_images']] = seen['pca_identity']
+    same_images(source, seen['pca_images'], known, what, 'delete the folder to start again')
+
+
+def same_start(parts, mine, source, config):
+    """Raises Fail where the first task of this run, in run.npz, began with something else than this one."""
+    again = f'delete {parts.parent} to start again'
+    old = load_arrays(parts / 'run.npz', again, mine)
+    changed = changed_keys(json.loads(str(old['config'])), config, FREE)
+    if changed:
+        raise Fail(f"{parts.parent}: another task has begun with other settings: {', '.join(changed)}; choose another "
+                   'output')
+    if (str(old['encoder']), int(old['images'])) != (mine['encoder'], mine['images']):
+        raise Fail(f'{parts.parent}: was started with other weights or another number of images; {again}')
+    if str(old['dtype']) != mine['dtype']:
+        raise Fail(f"{parts.parent}: was started in {str(old['dtype'])[6:]}, this device would go on in "
+                   f"{mine['dtype'][6:]}: set precision to one that both can, and {again}")
+    same_pca_images(source, old, parts.parent)
 
 
 def measure(config, folder):
@@ -343,23 +376,21 @@ def measure(config, folder):
     clip = FrozenClip(config['clip'], processes.device)
     pca_count = min(config['pca_images'], len(source))
     published = load_component('pca', config['pca'], clip) if config['pca'] is not None else None
-    if (parts / 'run.npz').is_file():
-        old = load_arrays(parts / 'run.npz', f'delete {folder} to start again', ('encoder', 'images', 'identities'))
-        if (str(old['encoder']), int(old['images'])) != (clip.fingerprint(), len(source)):
-            raise Fail(f'{folder}: was started with other weights or another number of images; delete the folder')
+    picked = np.sort(np.random.default_rng(config['seed']).choice(len(source), pca_count, replace=False))
+    seen = {'images': len(source), 'pca_images': picked, 'pca_identity': source.identities(picked)}
+    mine = {**seen, 'encoder': clip.fingerprint(), 'dtype': str(dtype), 'config': json.dumps(config)}
+    if processes.main:
+        atomic(parts / 'run.npz', lambda path: np.savez(path, **mine), once=True)
+    processes.barrier()
+    same_start(parts, mine, source, config)
     processes.barrier()
     log = Log(folder, config, processes.main, alone=False)  # tasks of an array share it
-    parts.mkdir(parents=True, exist_ok=True)
-    if processes.main:
-        atomic(parts / 'run.npz', lambda p: np.savez(p, encoder=clip.fingerprint(), images=len(source),
-                                                       identities=True), once=True)
     log.write(source.note)
     log.write(f"{len(source):,} images; {config['clip']['model']}: {clip.image_size} px, tokens {clip.token_dim}, "
               f'embedding {clip.embedding_dim}; {processes.world} x {processes.device.type}; run folder {folder}')
     if pca_count < config['pca_images']:
         log.write(f"pca_images: {config['pca_images']:,} asked for, the dataset has {pca_count:,}: all are used")
     sweep = Sweep(config, parts, source, clip, dtype, processes, log)
-    picked = np.sort(np.random.default_rng(config['seed']).choice(len(source), pca_count, replace=False))
 
     # Pass 1: covariance of the tokens, then projections of the same tokens
     def sums(tokens, embedding, readable, identity):
@@ -411,7 +442,7 @@ def measure(config, folder):
                 'embedding': (embedding * readable[:, None]).half(), 'identity': identity}
 
     result = {'pc': pc.cpu().numpy(), 'mean': component['mean'].astype(np.float32), 'threshold': threshold,
-              'sign': sign, 'explained': component['explained'], 'encoder': clip.fingerprint()}
+              'sign': sign, 'explained': component['explained'], 'encoder': clip.fingerprint(), **seen}
     if config['proportions']:
         files = sweep('proportion', np.arange(len(source)), measures, concatenate)
     if not processes.main:

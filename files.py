@@ -138,15 +138,21 @@ def load_checkpoint(path, mend=None):
 
 
 def weights_checksum(path):
-    """Of the bytes of a file, or of all .safetensors below a folder: a number that tells other weights."""
+    """Of the bytes of a file, or of all .safetensors and .bin below a folder: a number that tells other weights."""
     path, found = Path(path), 0
+    inside = sorted(file for file in path.rglob('*') if file.suffix in ('.safetensors', '.bin'))
     try:
-        for file in (sorted(path.rglob('*.safetensors')) or [path / 'model.safetensors']) if path.is_dir() else [path]:
+        for file in (inside or [path / 'model.safetensors']) if path.is_dir() else [path]:
             found = zlib.crc32(file.read_bytes(), found)
     except OSError as error:
         raise Fail(f'{file}: ' + ('no such checkpoint' if isinstance(error, FileNotFoundError) else
                                   f'cannot be read: {error.strerror}')) from None
     return found
+
+
+def checksums(*paths):
+    """{path: number} of those that are there: tells whether a file or folder of the same name has another content."""
+    return {str(path): weights_checksum(path) for path in paths if path and Path(path).exists()}
 
 
 def load_json(path, mend=None):

@@ -134,6 +134,11 @@ def _clip_source(spec, open_clip):
     return f'local-dir:{folder}', None, image_size
 
 
+def clip_files(spec):
+    """Where a `clip:` spec's weights may lie on this machine: for files.checksums."""
+    return spec['model'].removeprefix('local-dir:'), spec.get('pretrained')
+
+
 def load_component(setting, path, clip):
     """First principal component of the tokens of `clip`: `pc` of stage 1's fg_proportion.npz, or a .npy of shape (K,)
     or (K, 1). Returns it scaled to length 1, (K,) float64. setting: the YAML's key that names it, for messages."""

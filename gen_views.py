@@ -205,7 +205,7 @@ def main(config):
     first, step = shard(config['shard'], processes)
     stop, output, elsewhere = StopSignal(), run_folder(config['output']), config['source'] == 'folder'
     latent, masked = config['strategy'] == 'latent', by_mask(config)
-    source = Source('latents', None, [-1] * config['latent']['anchors'], []) if latent else \
+    source = Source('latents', None, np.full(config['latent']['anchors'], -1), []) if latent else \
         source_dataset(config['dataset'])
     levels, embeddings, checksum, known = noise_levels(config, source)
     settings = {'stage': 'gen_views', 'dataset': {k: config['dataset'][k] for k in ('name', 'root', 'split', 'subset')},
@@ -236,17 +236,29 @@ def main(config):
                         proportions=checksum, **({'pool': pool_checksum(config['pool'])} if retrieved else {}),
                         noise_level=config['noise_level'] if config['strategy'] == 'constant' else None,
                         **({'views_per_image': config['views_per_image']} if config['views_per_image'] > 1 else {}))
-        if spec['kind'] == 'icgan' and not retrieved:
-            made_of = [spec['model']] + [spec['noise']['extractor']] * (spec['condition'] == 'pipeline')
-            settings['weights'] = list(map(weights_checksum, made_of))
+        if not retrieved:
+            made_of = [spec['model']] + [spec['noise']['extractor']] * (spec['condition'] == 'pipeline') \
+                if spec['kind'] == 'icgan' else [spec['model'], *spec['fallbacks']]
+            settings['weights'] = [weights_checksum(name) for name in made_of  # of a hub's there is none
+                                   if spec['kind'] == 'icgan' or Path(name, 'model_index.json').is_file()]
     moved = () if embeddings is None else ('dataset.root',)  # a dataset may move: its embeddings tell which one it is
-    settings_agree = partial(same_settings, output / 'settings.json', settings, moved)
-    settings_agree()  # before anything is written
+    same_settings(output / 'settings.json', settings, (*moved, 'made_by'))  # before anything is written
     unmoved = {**settings, 'dataset': {k: v for k, v in settings['dataset'].items() if k != 'root'}}
     digest = f'{zlib.crc32(json.dumps(unmoved, sort_keys=True).encode()):08x}'
     log = Log(output, config, main=processes.main, alone=False)  # tasks of an array share it
     log.write(source.note)
     beton, chunks, mine, images = output / 'pairs.beton', [], [], output / 'images.npy'
+
+    def claim(made_by):
+        """Write down, if no other task has, what these views are made from and by which generator: chunks of a fallback
+        must not mix with those of the first one."""
+        same_settings(output / 'settings.json', {**settings, 'made_by': made_by}, moved, claim=True)
+        if known is None and not latent and not images.exists():  # no stage 1 knows the images
+            remember_images()
+
+    def remember_images(once=True):
+        identities = source.identities(range(len(source)))
+        atomic(images, lambda path: np.save(path, identities), once)
 
     def compare(indices):
         """With the images that stage 1 saw, and with those that were packed."""
@@ -277,7 +289,7 @@ def main(config):
             compare(np.array([i for _, part in mine for i in part], int))
         log.write(f'{len(source)} images, levels {histogram(levels)}; {len(chunks)} chunks, {len(todo)} to make here')
         if todo and config['pack'] is not True:
-            generate(config, todo, source, levels, embeddings, record, settings_agree, processes, log, stop)
+            generate(config, todo, source, levels, embeddings, record, claim, processes, log, stop)
     if config['verify']:
         unseen = source if known is None and not latent else None  # no stage 1 has looked at these images
         verify(config, mine, unseen, record, beton, first == 0, log, stop)
@@ -310,8 +322,7 @@ def main(config):
         views = StoredViews(output / 'views', config['chunk_size'], names)
     try:
         if not latent:
-            identities = source.identities(range(len(source)))
-            atomic(images, lambda path: np.save(path, identities))
+            remember_images(once=False)
         pack(config, beton, source, levels, views, settings, log, stop)
     except BeingWritten:
         log.write(f'{beton}: another process is packing it')
@@ -383,7 +394,9 @@ def same_settings(path, settings, moved, claim=False):
     if claim:
         save_json(path, settings, once=True)
     mend = 'delete it where the views beside it were made with these settings; verify=true looks whether they were'
-    changed = path.exists() and changed_keys(load_json(path, mend), settings, moved)
+    known = load_json(path, mend) if path.exists() else settings
+    moved = (*moved, *({'weights', 'made_by'} - known.keys()))  # an earlier version did not write these
+    changed = changed_keys(known, settings, moved)
     if changed:
         raise Fail(f"{path.parent}: was made with other settings: {', '.join(changed)}; choose another output folder "
                    'or delete this one')
@@ -392,7 +405,7 @@ def same_settings(path, settings, moved, claim=False):
 # ---------------------------------------------------------------------------------------------------
 # Generation
 
-def generate(config, chunks, source, levels, embeddings, record, settings_agree, processes, log, stop):
+def generate(config, chunks, source, levels, embeddings, record, claim, processes, log, stop):
     retrieved, latent = (config['strategy'] == name for name in ('retrieval', 'latent'))
     conditions = levels
     labels = None
@@ -472,7 +485,7 @@ def generate(config, chunks, source, levels, embeddings, record, settings_agree,
                     if not images.any():
                         raise Fail(f'{generator.name}: gave NaN for all of the first batch, in {generator.dtype} and '
                                    'in fp32: its weights are damaged')
-                    settings_agree(claim=True)
+                    claim(made_by)
                     claimed = True
                 for (i, v), picture, image in zip(part, pictures, images):
                     if not picture or not (image.any() or latent):  # a GAN may well draw black

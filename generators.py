@@ -8,6 +8,7 @@ generates nothing, takes pairs (index of the image, number of the view) in their
 given labels (B,) too.
 """
 import json
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from common import precision_dtype
 from config import Fail
 from files import damage, load_arrays, unreadable
 from sources import same_images, source_dataset
+from start import say
 
 diffusers_logging.disable_progress_bar()
 diffusers_logging.set_verbosity_error()  # it remarks on every autoencoder but AutoencoderKL
@@ -105,6 +107,8 @@ class UnCLIP:
                            if file.suffix in ('.json', '.safetensors', '.bin') and damage(file)[0]]
                 problems.append(str(damaged[0]) if damaged else f'{name}: {type(error).__name__}: {reason[:150]}')
                 continue
+            if problems:
+                say(f"generator.model: {'; '.join(problems)}; {name} stands in", sys.stderr)
             return pipeline, str(name)
         raise Fail('generator.model cannot be loaded: ' + '; '.join(problems))
 

@@ -22,15 +22,13 @@ BYOL's, but for batch norm and quality weights, which are those of the micro-bat
 micro-batches already find the keys of earlier ones in the queue. The negatives of MoCo v3, SimCLR and NNCLR, the codes
 of SwAV and the statistics of VICReg are those of the micro-batch: there it is another, smaller-batch method.
 """
-import json
 import math
 import sys
 import time
 from contextlib import closing, nullcontext
-from hashlib import sha256
 from itertools import count, islice
 
-from config import Fail, check_values, run_folder
+from config import Fail, check_values, few, run_folder
 from start import run, say
 
 DEFAULTS = """
@@ -291,10 +289,10 @@ from tqdm import tqdm
 
 from checkpoints import NORMALIZATIONS, normalization, save_backbone
 from common import Log, Processes, StopSignal, earlier, precision_dtype, random_states, restore, seed_everything
-from files import save_checkpoint
+from files import checksums, save_checkpoint
 from data import PairLoader, check_size
 from features import Monitor
-from frozen_clip import Quality
+from frozen_clip import Quality, clip_files
 from models import (METHODS, average_running_statistics, cosine, describe, distributed, global_mean,
                     synchronize_batch_norm)
 from pictures import curves
@@ -316,14 +314,21 @@ def open_pairs(config, processes):
                            device=processes.device,
                            steps_per_epoch=data['online']['images_per_epoch'] // config['batch_size']
                            * config['accumulate'], **share)
+    if not processes.main:
+        processes.barrier()  # the first process checks every byte; then that of each node its own copy, if it has one
     loader = PairLoader(data['beton'], recipes, data['alpha'], data['swap'], num_workers=data['num_workers'],
-                        pin_memory=processes.device.type == 'cuda',
+                        verify=processes.local_rank == 0, pin_memory=processes.device.type == 'cuda',
                         generated={k: v for k, v in config['view_generated'].items() if v is not None}, **share)
+    if processes.main:
+        processes.barrier()
     if len(loader) < config['accumulate']:
         raise Fail(f"batch_size: {config['batch_size']} is more than the {loader.sidecar['samples']} images of "
                    f"{data['beton']}")
     if METHODS[config['method']].labelled and loader.metadata['f2'].min() < 0:
         raise Fail(f"method: {config['method']} needs labels, and images of {data['beton']} have none (-1)")
+    if METHODS[config['method']].labelled and any(names != loader.classes[0] for names in loader.classes):
+        raise Fail(f"method: {config['method']} takes images of one number for one class, and the betons of data.beton "
+                   f"name other classes: {'; '.join(few(names or ['none']) for names in loader.classes)}")
     return loader
 
 
@@ -450,7 +455,18 @@ def stop_if_not_finite(losses, parameters, step, last_saved, checkpoint):
                    'optimizer.warmup_epochs or set precision=fp32')
 
 
-def save(checkpoint, model, optimizer, scaler, step, steps_per_epoch, config, beton, processes):
+def contents(config):
+    """Checksums of the files that decide this training beside its config; what is gone is left out."""
+    pairs, online, quality = config['data']['beton'], config['data']['online'], config['quality']
+    files = [f'{path}.json' for path in ([pairs] if isinstance(pairs, str) else pairs or [])]
+    if online['images_per_epoch']:
+        files += [online['model'], online['discriminator'], *(move['walker'] for move in online['chunks'].values())]
+    if quality['enabled']:
+        files += [quality['pc'], *clip_files(quality['clip'])]
+    return checksums(*files)
+
+
+def save(checkpoint, model, optimizer, scaler, step, steps_per_epoch, config, made_of, processes):
     average_running_statistics(model)
     states = [random_states()]
     if dist.is_initialized():
@@ -460,7 +476,7 @@ def save(checkpoint, model, optimizer, scaler, step, steps_per_epoch, config, be
         epoch, batch = divmod(step, steps_per_epoch)
         save_checkpoint(checkpoint, {
             'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(),
-            'epoch': epoch, 'batch': batch, 'step': step, 'random': states, 'config': config, 'beton': beton,
+            'epoch': epoch, 'batch': batch, 'step': step, 'random': states, 'config': config, 'contents': made_of,
             'dtype': str(precision_dtype(config['precision'], processes.device))})
     processes.barrier()  # nobody goes on, or leaves, before it is written
 
@@ -533,7 +549,12 @@ def main(config):
     folder = run_folder(config['output'])
     checkpoint, finished = folder / 'checkpoint.pt', folder / 'backbone.pt'
     saved = earlier(checkpoint, config, (*BOOKKEEPING, *{*BLOCKS.values()} - {BLOCKS[config['method']]}),
-                    needs=('model', 'optimizer', 'scaler', 'epoch', 'step', 'random', 'beton'))
+                    needs=('model', 'optimizer', 'scaler', 'epoch', 'step', 'random', 'contents'))
+    made_of = contents(config)
+    processes.agree(made_of, 'data, quality')
+    other = [path for path, found in made_of.items() if saved and saved['contents'].get(path, found) != found]
+    if other:
+        raise Fail(f"{checkpoint} was made with another content of {', '.join(other)}; set another output=")
     if saved and saved['epoch'] == epochs and finished.is_file():
         if processes.main:
             say(f'{folder}: finished ({epochs} epochs): {finished}')
@@ -552,11 +573,6 @@ def main(config):
     enlarged = check_size(loader, {'image_size': config['image_size'],
                                    'small_crops.size': small['count'] and small['size']})
     monitor = Monitor(config, (mean, std), dtype, processes) if config['knn']['every'] else None
-    beton = sha256(json.dumps(loader.sidecar['crc32']).encode()).hexdigest()
-    if saved and saved['beton'] != beton:
-        pairs = config['data']['beton']
-        made = f'another content of data.beton ({pairs})' if pairs else 'other weights of data.online'
-        raise Fail(f'{checkpoint} was made with {made}; set another output=')
     model = build_model(config, steps_per_epoch).to(device, memory_format=torch.channels_last)
     model = synchronize_batch_norm(model, device) if model.sync_bn else model
     quality = Quality(config['quality'], device) if config['quality']['enabled'] else None
@@ -607,7 +623,7 @@ def main(config):
             leave, paused = processes.any(stop) and step < last_step, time.perf_counter()
             if leave or due(*divmod(step, steps_per_epoch), config):
                 stop_if_not_finite(losses, trained, step, last_saved, checkpoint)
-                save(checkpoint, model, optimizer, scaler, step, steps_per_epoch, config, beton, processes)
+                save(checkpoint, model, optimizer, scaler, step, steps_per_epoch, config, made_of, processes)
                 last_saved = step
             if monitor and not leave:
                 look_at_neighbours(monitor, model, step, steps_per_epoch, config, log)

@@ -49,13 +49,16 @@ def check(config, world=1):
 if __name__ == '__main__':  # a mistake in the YAML is answered before the imports below take seconds
     run(check, DEFAULTS)
 
+import json
+from hashlib import sha256
+
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
 from common import Log, Processes, StopSignal, earlier, seed_everything
 from data import PairLoader
-from files import save_checkpoint
+from files import save_checkpoint, weights_checksum
 from latents import Discriminator, LatentGenerator
 from models import average_running_statistics, distributed, global_mean, synchronize_batch_norm
 from pictures import histograms
@@ -67,11 +70,13 @@ def main(config):
     device, world, batch = processes.device, processes.world, config['batch_size']
     folder = run_folder(config['output'])
     checkpoint, result = folder / 'checkpoint.pt', folder / 'discriminator.pt'
-    saved = earlier(checkpoint, config, BOOKKEEPING, needs=('discriminator', 'optimizer', 'step'))
     seed_everything(config['seed'])
     loader = PairLoader(config['beton'], [{'size': config['image_size'], 'crop_scale': None}], 0.0, 'first',
                         batch_size=batch // world, seed=config['seed'], num_workers=config['num_workers'],
                         rank=processes.rank, world=world)
+    identity = {**config, 'weights': weights_checksum(config['latent']['model']),
+                'beton_sha256': sha256(json.dumps(loader.sidecar['crc32']).encode()).hexdigest()}
+    saved = earlier(checkpoint, identity, BOOKKEEPING, needs=('discriminator', 'optimizer', 'step'))
     generator = LatentGenerator(config['latent'], device, config['image_size'])
     discriminator = synchronize_batch_norm(Discriminator(config['width']).to(device), device)
     optimizer, step = torch.optim.Adam(discriminator.parameters(), config['lr'], betas=(0.5, 0.999)), 0
@@ -125,7 +130,7 @@ def main(config):
                         if processes.main:
                             save_checkpoint(checkpoint, {
                                 'discriminator': discriminator.state_dict(), 'optimizer': optimizer.state_dict(),
-                                'step': step, 'config': config})
+                                'step': step, 'config': identity})
                         processes.barrier()
                     if leave:
                         stop.leave(log, f'saved at step {step} of {last}; the same command resumes')

@@ -62,11 +62,11 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from common import Log, Processes, answered, precision_dtype
-from files import save_json
+from files import checksums, save_json
 from data import PairLoader, check_size
 from distances import SMALLEST, Frechet, fid_inception, ssim
 from features import everywhere
-from frozen_clip import FrozenClip, Quality
+from frozen_clip import FrozenClip, Quality, clip_files
 from loss import pair_quality
 from pictures import grid, harmless, histograms
 
@@ -169,7 +169,9 @@ def main(config):
     dtype = precision_dtype(config['precision'], processes.device)
     folder = run_folder(config['output'] or Path(config['pairs']).parent / 'view_eval')
     whole = loader_of(config, 8, None, verify=processes.main)
-    identity, path = {**config, 'crc32': whole.sidecar['crc32']}, folder / 'results.json'
+    read = checksums(*clip_files(config['clip']), config['quality']['pc'], config['fid']['weights'])
+    identity = {**config, 'crc32': whole.sidecar['crc32'], 'dtype': str(dtype), 'read': read}
+    path = folder / 'results.json'
     if answered(path, identity, BOOKKEEPING, processes, anew=True):
         return
     positions = np.flatnonzero(whole.metadata['f4'] >= 0)

@@ -2,6 +2,7 @@
 input."""
 import io
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -355,6 +356,24 @@ def test_runs_that_were_stopped_resume_bit_exactly(workplace, tmp_path, monkeypa
         assert read(folder)[0]['box'] == read(tmp_path / 'reference')[0]['box']
 
 
+def test_a_signal_to_all_processes_of_a_job(workplace, tmp_path, monkeypatch, capsys):
+    """Slurm's reach the processes that decode too, and come from neither parent nor child."""
+    rate, workers = detect_eval.learning_rate, []
+
+    def signalled(step, config):
+        if step == 4:
+            workers[:] = multiprocessing.active_children()
+            subprocess.run(['kill', '-TERM', str(os.getpid()), *(str(worker.pid) for worker in workers)], check=True)
+        return rate(step, config)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as left:
+        patch.setattr(detect_eval, 'learning_rate', signalled)
+        detect_eval.main(config_of(workplace, *SHORT, 'num_workers=2', f'output={tmp_path}'))
+    assert left.value.code == StopSignal.exit_code and weights(tmp_path)['iteration'] == 5
+    assert 'SIGTERM: saved at iteration 5 of 8' in capsys.readouterr().out
+    assert len(workers) == 2 and not multiprocessing.active_children()
+
+
 def test_a_signal_while_detections_are_made(workplace, tmp_path, monkeypatch, capsys):
     detect, changes = detect_eval.detect, (*SHORT, 'iterations=1', f'output={tmp_path}')
     monkeypatch.setattr(detect_eval, 'detect', lambda *args: (os.kill(os.getpid(), signal.SIGTERM), detect(*args))[1])
@@ -373,7 +392,7 @@ def test_two_processes(workplace, trained, tmp_path):
     state = weights(trained)
     changes = (*SHORT[2:-1], 'iterations=123', 'steps=[100]')
     (tmp_path / 'two').mkdir()
-    config = {**state['config'], **config_of(workplace, *changes), 'images': [37, 11]}
+    config = {**state['config'], **config_of(workplace, *changes)}
     torch.save({**state, 'config': config}, tmp_path / 'two/checkpoint.pt')
     launcher = (sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2')
     run = subprocess.run(command(workplace, *changes, f'output={tmp_path}/two', launcher=launcher),
@@ -400,6 +419,24 @@ def test_finished_run_shows_its_results_and_refuses_others(workplace, trained, c
         detect_eval.main(config_of(workplace, f'output={trained}', 'lr=0.02'))
     with pytest.raises(Fail, match='another config: normalization'):
         detect_eval.main(config_of(workplace, f'output={trained}', 'normalization=[[0.5, 0.5, 0.5], [1, 1, 1]]'))
+
+
+def test_other_annotations_under_the_same_name_are_another_run(workplace, trained, capsys):
+    path = workplace / 'set/annotations/instances_drawn.json'
+    whole = path.read_text()
+    content = json.loads(whole)
+    for change in (lambda: content['annotations'][0].update(category_id=ROOF + BOX - content['annotations'][0][
+            'category_id']), lambda: content['categories'][0].update(name='crate')):
+        content = json.loads(whole)
+        change()
+        path.write_text(json.dumps(content))
+        try:
+            with pytest.raises(Fail, match='another config: data_sha256'):
+                detect_eval.main(config_of(workplace, f'output={trained}'))
+        finally:
+            path.write_text(whole)
+    detect_eval.main(config_of(workplace, f'output={trained}'))
+    assert 'finished before' in capsys.readouterr().out
 
 
 def test_other_weights_under_the_same_name_are_another_run(workplace, trained, tmp_path):

@@ -474,6 +474,39 @@ def test_damaged_files_of_an_earlier_run(stage, run, clips, images, tmp_path):
         list(fg_proportion.load_parts([tmp_path / 'part.npz'], 'pc', 'mean'))
 
 
+def test_a_task_with_other_settings_does_not_join(stage, clips, images, tmp_path, monkeypatch):
+    """It looked before the first one had written its config.yaml."""
+    folder = tmp_path / 'out'
+    with pytest.raises(Fail, match='to start again'):  # the first task ends early: its chunks and run.npz stay
+        with monkeypatch.context() as patch:
+            patch.setattr(fg_proportion, 'first_component', lambda *_: (_ for _ in ()).throw(Fail('to start again')))
+            stage(write_yaml(tmp_path / 'a.yaml', images, clips['vit'], folder))
+    (folder / 'config.yaml').unlink()
+    for changes, words in (({'foreground_share': 0.3}, r'other settings: foreground_share \(was 0.4, now 0.3\)'),
+                           ({'precision': 'bf16'}, r'other settings: precision')):
+        with pytest.raises(Fail, match=f'{folder}: another task has begun with {words}'):
+            stage(write_yaml(tmp_path / 'b.yaml', images, clips['vit'], folder, **changes))
+        assert not (folder / 'config.yaml').exists()
+    monkeypatch.setattr(fg_proportion, 'precision_dtype', lambda *_: torch.bfloat16)  # auto, on another device
+    with pytest.raises(Fail, match='was started in float32, this device would go on in bfloat16'):
+        stage(write_yaml(tmp_path / 'a.yaml', images, clips['vit'], folder))
+    monkeypatch.undo()
+    stage(write_yaml(tmp_path / 'a.yaml', images, clips['vit'], folder))
+    assert (folder / 'fg_proportion.npz').is_file()
+
+
+def test_images_of_the_component_that_changed(stage, clips, images, tmp_path):
+    """With proportions: false, and between the two passes of a run."""
+    root = tmp_path / 'images'
+    shutil.copytree(images, root)
+    path = write_yaml(tmp_path / 'a.yaml', root, clips['vit'], tmp_path / 'out', proportions=False, pca_images=N)
+    stage(path)
+    stage(path)  # finished
+    Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(root / '020.png')
+    with pytest.raises(Fail, match='was made from other images: image 20 of 44 is 020.png now'):
+        stage(path)
+
+
 def test_all_images_unreadable(stage, clips, tmp_path):
     (tmp_path / 'images').mkdir()
     for i in range(3):

@@ -431,6 +431,23 @@ def test_stage_2(settings, folder, tmp_path, capsys):
     assert not (tmp_path / 'not/settings.json').exists()
 
 
+def test_images_that_changed_after_the_views(settings, tmp_path):
+    """No stage 1 has seen them: this run alone can know."""
+    run, images = generate(settings, tmp_path, pack=False), tmp_path / 'images'
+    (run / 'views/000002.tar').unlink()
+    (images / 'a/00.png').rename(images / 'a/05.png')  # place 0 of the list is another image's now
+    for changes in ({}, {'verify': True}):
+        with pytest.raises(Fail, match=f'{run}: was made from other images: image 0 of 11 is a/03.png now'):
+            generate(settings, tmp_path, **changes)
+    assert not (run / 'views/000002.tar').exists() and not (run / 'pairs.beton').exists()
+    (images / 'a/05.png').rename(images / 'a/00.png')
+    generate(settings, tmp_path)
+    (run / 'pairs.beton').unlink()
+    (images / 'a/00.png').rename(images / 'a/05.png')
+    with pytest.raises(Fail, match='image 0 of 11 is a/03.png now'):
+        generate(settings, tmp_path)
+
+
 def test_settings_of_unclip_are_what_they_were(tmp_path, monkeypatch):
     """A run of before this kind goes on: what is stored names neither kind nor mask."""
     seen = []

@@ -195,13 +195,57 @@ def test_several_betons_are_one_training_set(workplace, tmp_path):
     betons = f'data.beton=[{workplace}/pairs.beton, {tmp_path}/extra.beton]'
     pretrain.main(config_of(workplace, betons, f'output={tmp_path}/out'))
     assert len(lines(tmp_path / 'out')) == 5               # 80 images in batches of 16
-    with pytest.raises(Fail, match='another content of data.beton'):
-        betons = f'data.beton=[{workplace}/pairs.beton, {workplace}/pairs.beton]'
-        path = tmp_path / 'out/checkpoint.pt'
-        state = load_checkpoint(path)
-        state['config']['data']['beton'], state['epoch'] = [f'{workplace}/pairs.beton'] * 2, 0
-        torch.save(state, path)
+    write_beton(tmp_path / 'extra.beton', lambda i: (extra[15 - i], None, 0, i, -1), 16, {})
+    with pytest.raises(Fail, match=f'another content of {tmp_path}/extra.beton.json'):
         pretrain.main(config_of(workplace, betons, f'output={tmp_path}/out'))
+
+
+def test_labels_of_betons_that_name_other_classes_are_not_joined(workplace, tmp_path):
+    def of(name, classes):
+        samples = lambda i: (np.full((16, 16, 3), i, np.uint8), None, i % 2, i, -1)
+        write_beton(tmp_path / f'{name}.beton', samples, 16, {'classes': classes} if classes else {})
+        return f'{tmp_path}/{name}.beton'
+    one, other, same, none = of('one', ['a', 'b']), of('other', ['b', 'c']), of('same', ['a', 'b']), of('none', None)
+    train = lambda *betons, method='supcon': pretrain.main(config_of(
+        workplace, f'method={method}', f"data.beton=[{','.join(betons)}]", f'output={tmp_path}/out_{method}'))
+    for betons in ((one, other), (one, none)):
+        with pytest.raises(Fail, match='supcon takes images of one number for one class, .*: a, b; ') as error:
+            train(*betons)
+        assert '\n' not in str(error.value) and not (tmp_path / 'out_supcon').exists()
+    train(one, same)
+    train(one, other, method='simclr')  # which looks at no label
+
+
+def test_what_a_run_was_made_from_is_compared_when_it_goes_on_and_when_it_is_finished(workplace, tmp_path):
+    for name in ('pairs.beton', 'pairs.beton.json', 'fg.npz'):
+        shutil.copy(workplace / name, tmp_path)
+    shutil.copytree(workplace / 'clip', tmp_path / 'clip')
+    changes = (f'data.beton={tmp_path}/pairs.beton', 'quality.enabled=true', f'quality.clip.model={tmp_path}/clip',
+               f'quality.pc={tmp_path}/fg.npz', f'output={tmp_path}/out')
+    pretrain.main(config_of(workplace, *changes))
+    finished = (tmp_path / 'out/backbone.pt').stat().st_mtime_ns
+    pretrain.main(config_of(workplace, *changes))
+    assert (tmp_path / 'out/backbone.pt').stat().st_mtime_ns == finished
+    other = write_beton(tmp_path / 'other.beton', lambda i: (np.full((16, 16, 3), i, np.uint8), None, 0, i, -1), 64, {})
+    pc = dict(np.load(tmp_path / 'fg.npz'))
+    np.savez(tmp_path / 'turned.npz', **{**pc, 'pc': -pc['pc']})
+    weights = (tmp_path / 'clip/open_clip_model.safetensors').read_bytes()
+    (tmp_path / 'weights').write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    assert other['samples'] == 64
+    for name, by, words in (('pairs.beton.json', 'other.beton.json', 'pairs.beton.json'),
+                            ('fg.npz', 'turned.npz', 'fg.npz'),
+                            ('clip/open_clip_model.safetensors', 'weights', 'clip')):
+        whole = (tmp_path / name).read_bytes()
+        shutil.copy(tmp_path / by, tmp_path / name)
+        for gone in (False, True):  # finished, and not
+            (tmp_path / 'out/backbone.pt').rename(tmp_path / 'kept') if gone else None
+            with pytest.raises(Fail, match=f'was made with another content of {tmp_path}/{words}; set another'):
+                pretrain.main(config_of(workplace, *changes))
+        (tmp_path / 'kept').rename(tmp_path / 'out/backbone.pt')
+        (tmp_path / name).write_bytes(whole)
+    for name in ('pairs.beton', 'pairs.beton.json', 'fg.npz'):  # to make room
+        (tmp_path / name).unlink()
+    pretrain.main(config_of(workplace, *changes))
 
 
 def test_monitor_writes_the_accuracy_and_leaves_the_run_alone(workplace, tmp_path):

@@ -1,5 +1,6 @@
 """Stage 2c: a discriminator between drawn images and those of a small BigGAN, and what it leaves out."""
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -69,6 +70,25 @@ def test_tells_apart_and_resumes_bit_exactly(folder, beton, tmp_path, monkeypatc
     train_discriminator.main(again)
     whole, found = discriminator.state_dict(), load_discriminator(tmp_path / 'again/discriminator.pt').state_dict()
     assert all(torch.equal(whole[name], found[name]) for name in whole)
+
+
+def test_other_images_or_weights_under_the_same_name_do_not_mix(folder, beton, tmp_path):
+    gan, real = tmp_path / 'gan', tmp_path / 'real.beton'
+    shutil.copytree(folder, gan)
+    shutil.copy(beton, real)
+    shutil.copy(f'{beton}.json', f'{real}.json')
+    settings = config(gan, real, tmp_path / 'run', epochs=1)
+    train_discriminator.main(settings)
+    train_discriminator.main(settings)
+    weights, = gan.glob('*.safetensors')
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(Fail, match='another config: weights'):
+        train_discriminator.main(settings)
+    weights.write_bytes(whole)
+    write_beton(real, lambda i: (picture(i + 1, 32, 32), None, -1, i, -1), 192, {}, num_workers=1)
+    with pytest.raises(Fail, match='another config: beton_sha256'):
+        train_discriminator.main(settings)
 
 
 def test_the_better_of_two_candidates(folder, tmp_path):

@@ -166,6 +166,18 @@ def test_drawn_pairs_without_component(workplace, tmp_path, capsys):
     assert evaluate(workplace, 'half', tmp_path, 'images=', 'quality.pc=')['pairs'] == 16
 
 
+def test_files_that_changed_under_their_names_are_another_question(workplace, tmp_path, capsys):
+    pc = dict(np.load(workplace[0] / 'fg_proportion.npz'))
+    np.savez(tmp_path / 'pc.npz', **pc)
+    changes = ('half', tmp_path / 'out', f'quality.pc={tmp_path}/pc.npz')
+    first = evaluate(workplace, *changes)['quality']['all']['mean']
+    assert evaluate(workplace, *changes)['quality']['all']['mean'] == first
+    assert 'finished before' in capsys.readouterr().out
+    np.savez(tmp_path / 'pc.npz', **{**pc, 'pc': -pc['pc']})  # stage 1 again, with the other sign
+    assert evaluate(workplace, *changes)['quality']['all']['mean'] == pytest.approx(-first, abs=1e-4)
+    assert 'finished before' not in capsys.readouterr().out and abs(first) > 1e-3
+
+
 def test_two_processes_find_the_same(workplace, tmp_path):
     one = evaluate(workplace, 'half', tmp_path / 'one', 'images=15')  # does not divide by 2
     run = subprocess.run(
