@@ -58,6 +58,8 @@ TOP, LEFT, HEIGHT, WIDTH, FLIPPED, ORDER, FB, FC, FS, FH, GRAYED, SIGMA, SOLARIZ
 FILL = np.array([124, 116, 104], np.uint8)               # ImageNet's mean, where an operation moves in from outside
 # columns of the table of samples: for each source offset, bytes, height, width, is_jpeg; then
 FILE, KEY, HAS_VIEW = 10, 11, 12                         # FILE: which beton; KEY: what the random numbers hang on
+# what reads and decodes: addresses of C functions, libjpeg-turbo's handle of this thread and its flags, then files
+PREAD, DECOMPRESS, HANDLE, FLAGS, FILES = range(5)
 ORDERS = np.array([(a, b, c, 6 - a - b - c) for a in range(4) for b in range(4) for c in range(4)
                    if len({a, b, c, 6 - a - b - c}) == 4])
 
@@ -583,7 +585,7 @@ def _augment(image, height, width, recipe, d, rows, planes, floats, out):
 @njit(**JIT)
 def render(io, table, first, last, seed, epoch, alpha, swap, recipes, offsets, file, images, rows, planes, floats,
             out, synthetic):
-    """Fill the samples first..last of a batch: io = (pread, imdecode, file descriptor of each beton), table (B, 13),
+    """Fill the samples first..last of a batch: io: see PREAD to FILES, table (B, 13),
     recipes (2, views, SPREAD + 1) of views from the image and of those from the synthetic one. Returns -1, or
     4 * sample + 2 * source + error - 1 of the first sample that cannot be read."""
     views = recipes.shape[1]
@@ -600,10 +602,11 @@ def render(io, table, first, last, seed, epoch, alpha, swap, recipes, offsets, f
             image = images[source]
             if not (loaded1 if source == VIEW else loaded0):
                 target = file if is_jpeg else image
-                if _c(io[0], (io[2 + row[FILE]], np.int64(target.ctypes.data), n, at)) != n:
+                if _c(io[PREAD], (io[FILES + row[FILE]], np.int64(target.ctypes.data), n, at)) != n:
                     return 4 * i + 2 * source + SHORT_READ - 1
-                if is_jpeg and np.int32(_c(io[1], (np.int64(file.ctypes.data), n, height, width,
-                                                   np.int64(image.ctypes.data), height, width, 0, 0, 1, 1, 0, 0))):
+                if is_jpeg and np.int32(_c(io[DECOMPRESS], (io[HANDLE], np.int64(file.ctypes.data), n,
+                                                            np.int64(image.ctypes.data), width, 0, height, 0,
+                                                            io[FLAGS]))):
                     return 4 * i + 2 * source + BAD_JPEG - 1
                 if source == VIEW:
                     loaded1 = True

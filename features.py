@@ -33,7 +33,7 @@ class Encoder:
 def labelled(path, recipe, processes):
     """A PairLoader on the originals of a beton, to see what is in it. Raises Fail where labels are missing."""
     loader = PairLoader(path, [recipe], alpha=0, swap='first', batch_size=1, seed=0, num_workers=1,
-                        verify=processes.main)
+                        verify=processes.main, exact=True)
     if loader.metadata['f2'].min() < 0:
         raise Fail(f'{path}: there are images without label (-1)')
     if len(set(loader.metadata['f2'].tolist())) < 2:
@@ -73,7 +73,8 @@ def class_map(train, test):
 def plain_images(path, recipe, batch, num_workers, positions, pin_memory=False):
     """A PairLoader on the originals at `positions` of a beton, each once and in this order; checked before."""
     return PairLoader(path, [recipe], alpha=0, swap='first', batch_size=batch, seed=0, num_workers=num_workers,
-                      drop_last=False, shuffle=False, indices=positions, verify=False, pin_memory=pin_memory)
+                      drop_last=False, shuffle=False, indices=positions, verify=False, pin_memory=pin_memory,
+                      exact=True)
 
 
 def everywhere(rows, n, processes, block=1 << 15):

@@ -142,7 +142,7 @@ def batches(config, recipe, train, encoder, processes):
         return epoch, steps
     loader = PairLoader(config['train_beton'], [recipe], alpha=0, swap='first', batch_size=size, seed=config['seed'],
                         num_workers=config['num_workers'], rank=processes.rank, world=processes.world, verify=False,
-                        pin_memory=processes.device.type == 'cuda')
+                        exact=True, pin_memory=processes.device.type == 'cuda')
 
     def epoch(number):
         with closing(loader.epoch(number)) as parts:

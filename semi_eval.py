@@ -237,7 +237,7 @@ def main(config):
     loader = PairLoader(config['train_beton'], [recipe], alpha=0, swap='first',
                         batch_size=config['batch_size'] // world, seed=config['seed'],
                         num_workers=config['num_workers'], rank=processes.rank, world=world, indices=chosen,
-                        verify=False, pin_memory=device.type == 'cuda')
+                        verify=False, pin_memory=device.type == 'cuda', exact=True)
     mine, steps = np.arange(processes.rank, n_test, world), len(loader)
     tests = plain_images(config['test_beton'], plain, config['batch'], config['num_workers'], mine,
                          device.type == 'cuda') if len(mine) else None

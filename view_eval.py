@@ -76,7 +76,7 @@ def loader_of(config, size, positions, verify=False):
     recipe = {'size': size, 'resize': size, 'crop_scale': None}
     return PairLoader(config['pairs'], [recipe, recipe], alpha=1.0, swap='second', batch_size=config['batch'], seed=0,
                       num_workers=config['num_workers'], drop_last=False, shuffle=False, indices=positions,
-                      verify=verify)
+                      verify=verify, exact=True)
 
 
 @torch.no_grad()

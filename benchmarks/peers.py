@@ -16,7 +16,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 import bench
 import pretrain
-from augment import IMAGE, VIEW, _c
+from augment import DECOMPRESS, FILES, FLAGS, HANDLE, IMAGE, PREAD, VIEW, _c
 from config import load_config
 from data import JPG
 
@@ -101,26 +101,24 @@ def data_loader(dataset, batch_size, workers):
 def _decode(io, stored, first, last, file, image):
     for i in range(first, last):
         at, n, height, width, descriptor = stored[i]
-        _c(io[0], (descriptor, np.int64(file.ctypes.data), n, at))
-        _c(io[1], (np.int64(file.ctypes.data), n, height, width, np.int64(image.ctypes.data), height, width,
-                   0, 0, 1, 1, 0, 0))
+        _c(io[PREAD], (descriptor, np.int64(file.ctypes.data), n, at))
+        _c(io[DECOMPRESS], (io[HANDLE], np.int64(file.ctypes.data), n, np.int64(image.ctypes.data), width, 0, height, 0,
+                            io[FLAGS]))
 
 
 def decoding(loader, sources=(IMAGE, VIEW)):
     """The limit: epoch(e) reads and decodes every JPEG of these sources of a PairLoader as it does, in as many threads,
     and does nothing more. It yields numbers of images."""
     columns = [np.stack([loader.stored['data_ptr'][:, s], loader.region_bytes[:, s], loader.stored['height'][:, s],
-                         loader.stored['width'][:, s], loader.io[2 + loader.file_of]], 1).astype(np.int64)
+                         loader.stored['width'][:, s], loader.io[FILES + loader.file_of]], 1).astype(np.int64)
                for s in sources]
     assert all((loader.stored['mode'][:, s] == JPG).all() for s in sources)
     stored = np.concatenate(columns)
     stored = stored[np.random.default_rng(0).permutation(len(stored))]
 
     def job(first):
-        if not hasattr(loader.local, 'scratch'):
-            loader.local.scratch = [np.empty(shape, kind) for shape, kind in loader.scratch]
-        last = min(first + 16, len(stored))
-        _decode(loader.io, stored, first, last, loader.local.scratch[0], loader.local.scratch[1][0])
+        own, last = loader.of_thread(), min(first + 16, len(stored))
+        _decode(own.io, stored, first, last, own.scratch[0], own.scratch[1][0])
         return last - first
 
     return lambda e: loader.threads.map(job, range(0, len(stored), 16))

@@ -155,12 +155,12 @@ def test_copies_of_a_file_that_differ_between_processes(monkeypatch):
     RuntimeError('CUDA out of memory. Tried to allocate 2.00 GiB'),
     RuntimeError("[enforce fail at alloc_cpu.cpp:119] DefaultCPUAllocator: can't allocate memory: you tried to")])
 def test_out_of_memory_is_one_line(error, monkeypatch, capsys):
-    def stage(config):
+    def fails(config):
         raise error
     monkeypatch.setattr(sys, 'argv', ['pretrain.py'])
     monkeypatch.setattr(start, 'load_config', lambda *_: {})
     with pytest.raises(SystemExit) as left:
-        start.run(stage, '')
+        start.run(fails, '')
     line, = capsys.readouterr().err.splitlines()
     assert left.value.code == 2 and line.startswith('pretrain.py: out of memory') and 'set a smaller batch' in line
     assert str(error)[:40] in line

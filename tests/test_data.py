@@ -3,6 +3,7 @@ import errno
 import fcntl
 import gc
 import inspect
+import io
 import json
 import os
 import shutil
@@ -680,6 +681,23 @@ def test_a_jpeg_that_does_not_decode_is_named(copy, field):
     assert str(copy) in str(e.value)
     if field == 'view':                                  # alpha = 0 reads no views
         assert len(epoch(PairLoader(copy, [FULL], alpha=0, batch_size=4, seed=0, num_workers=2), 0)) == 60
+
+
+def test_where_something_is_measured_jpegs_are_decoded_as_pil_does(tmp_path):
+    pixels = F.resize(Image.fromarray(picture(3, 24, 30)), [96, 120])
+    for quality, lossless in ((90, 8), (100, 2)):
+        write_beton(tmp_path / 'a.beton', lambda i: (np.asarray(pixels), None, 0, i, -1), 2, {}, mode='jpg',
+                    quality=quality, num_workers=1)
+        reader = data.Reader(str(tmp_path / 'a.beton'))
+        at, size = (int(reader.alloc_table[key][0]) for key in ('ptr', 'size'))
+        content = io.BytesIO((tmp_path / 'a.beton').read_bytes()[at:at + size])
+        theirs, recipe = np.asarray(Image.open(content)).astype(int), {'size': 96, 'resize': 96, 'crop_scale': None}
+        off = {}
+        for exact in (True, False):
+            loader = PairLoader(tmp_path / 'a.beton', [recipe], batch_size=2, seed=0, num_workers=1, exact=exact)
+            found = next(loader.epoch(0))['views'][0][0].permute(1, 2, 0).numpy().astype(int)
+            off[exact] = abs(found - theirs[:, 12:108]).mean()
+        assert off[True] == 0 < off[False] < 3 and abs(theirs - np.asarray(pixels)).mean() < lossless
 
 
 def test_a_file_truncated_while_it_is_read(copy):
