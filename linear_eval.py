@@ -1,13 +1,13 @@
 """Stage 4: how good the features of a frozen backbone are: weighted kNN and a linear probe, top-1 and top-5.
 
-    python linear_eval.py yamls/linear_eval/cifar10.yaml checkpoint=runs/cifar10/genview/backbone.pt
+    python linear_eval.py yamls/linear_eval/cifar10.yaml checkpoint=runs/cifar10/mocov2_genview/backbone.pt
     torchrun --nproc-per-node 8 linear_eval.py yamls/linear_eval/in1k.yaml checkpoint=resnet50.pth
     python linear_eval.py yamls/linear_eval/transfer.yaml checkpoint=resnet50.pth train_beton=... test_beton=...
 
 checkpoint is a backbone.pt (or backbone_init.pt, the same network untrained) of pretrain.py, or any file that
 checkpoints.load_backbone recognises: of torchvision, timm, MoCo, SimSiam, SwAV, BYOL, VICReg, mmpretrain, ... Images
 come from betons, of which only `image` is used; gen_views.py with strategy: none writes them from torchvision's
-datasets and image folders (yamls/gen_views/transfer.yaml).
+datasets and image folders (yamls/gen_views/transfer_train.yaml).
 
 Several learning rates (linear.more_lrs) are probed in one pass: one forward of the encoder and for each a classifier
 that is equal to what it would be alone. Writes results.json, config.yaml, versions.json and log.jsonl into `output` and

@@ -1,6 +1,6 @@
 """Stage 5: semi-supervised evaluation: the whole network is fine-tuned with the labels of 1, 5 or 10 % of the images.
 
-    python semi_eval.py yamls/semi_eval/in1k_1percent.yaml checkpoint=runs/in1k/mocov3_genview/backbone.pt
+    python semi_eval.py yamls/semi_eval/in1k_1percent.yaml checkpoint=runs/in1k/mocov3_300ep_genview/backbone.pt
     torchrun --nproc-per-node 8 semi_eval.py yamls/semi_eval/in1k_10percent.yaml checkpoint=resnet50.pth
 
 checkpoint is any file that checkpoints.load_backbone recognises. Images come from betons, of which `image` is used

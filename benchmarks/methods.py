@@ -1,4 +1,4 @@
-"""Does every method learn? All of them on the demo's data, with the demo's budget: kNN accuracy on CIFAR-10.
+"""Does every method learn? All of them on the demo's data, with one small budget: kNN accuracy on CIFAR-10.
 
     python benchmarks/methods.py                             # all methods, without and with GenView, seed 0
     python benchmarks/methods.py methods=byol,swav views=baseline seed=1     # a part of it
@@ -28,7 +28,8 @@ METHODS = {  # heads in proportion to the narrow backbone's 256 features
     'supcon': ['supcon.temperature=0.2'],
     'nnclr': ['nnclr.dim=128', 'nnclr.hidden=1024', 'nnclr.queue=2048', 'nnclr.temperature=0.2'],
 }
-BATCH = ['batch_size=256', 'optimizer.lr=0.25', 'optimizer.warmup_epochs=2', 'moco.bn_splits=8', 'log_every=18']
+BATCH = ['epochs=20', 'batch_size=256', 'backbone.width=32', 'backbone.stem=cifar', 'optimizer.lr=0.25',
+         'optimizer.warmup_epochs=2', 'moco.queue=768', 'moco.momentum=0.99', 'moco.bn_splits=8', 'log_every=18']
 VIEWS = {'baseline': ['data.alpha=0', 'quality.enabled=false'], 'genview': []}
 
 
