@@ -76,6 +76,13 @@ class Processes:
         dist.all_reduce(total)
         return total.item() > 0
 
+    def of_first(self, value):
+        """The `value` of the first process, on every process."""
+        box = [value]
+        if dist.is_initialized():
+            dist.broadcast_object_list(box)
+        return box[0]
+
     def agree(self, value, what):
         """Raises Fail on every process where `value`, of a file that all of them read, is not the same on all."""
         if dist.is_initialized():
@@ -185,7 +192,8 @@ def earlier(path, config, ignore, anew=False, needs=()):
         raise Fail(f'{path}: is not what this stage writes there (no config in it); {mend}, or set another output=')
     changed = changed_keys(saved['config'], config, ignore)
     if changed and not anew:
-        raise Fail(f"{path} was made with another config: {'; '.join(changed)}. Go back to it, or set another output=")
+        raise Fail(f"{path} was made with another config: {'; '.join(changed)}. Go back to it, delete that file, "
+                   'or set another output=')
     absent = [key for key in needs if key not in saved]
     if absent and not changed:
         raise Fail(f"{path}: is not what this stage writes there (lacks {', '.join(absent)}); {mend}")

@@ -436,7 +436,7 @@ def main(config):
     empty, train = len(train.imgs) - len(train_images), None
     identity = {**config, 'dtype': str(dtype), 'backbone_sha256': digest(backbone, {**info, 'mean': mean, 'std': std}),
                 'data_sha256': [sha256(part).hexdigest() for part in (
-                    train_images.content.tobytes(), test_images.content.tobytes(), truth)]}
+                    train_images.content, test_images.content, truth)]}
     saved = earlier(checkpoint, identity, BOOKKEEPING, needs=('model', 'optimizer', 'scaler', 'iteration'))
     if answered(results, identity, BOOKKEEPING, processes):
         return

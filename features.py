@@ -33,13 +33,14 @@ class Encoder:
 def labelled(path, recipe, processes):
     """A PairLoader on the originals of a beton, to see what is in it. Raises Fail where labels are missing."""
     loader = PairLoader(path, [recipe], alpha=0, swap='first', batch_size=1, seed=0, num_workers=1,
-                        verify=processes.main, exact=True)
+                        verify=processes.main)
     if loader.metadata['f2'].min() < 0:
         raise Fail(f'{path}: there are images without label (-1)')
     if len(set(loader.metadata['f2'].tolist())) < 2:
-        names = loader.sidecar['settings'].get('classes') or ['?']
-        raise Fail(f'{path}: all images are of one class ({names[0]}), which any encoder finds: images belong into a '
-                   'folder for each class, directly below dataset.root or below the folder of the split')
+        names, label = loader.sidecar['settings'].get('classes') or [], int(loader.metadata['f2'][0])
+        raise Fail(f'{path}: all images are of one class ({names[label] if label < len(names) else label}), which any '
+                   'encoder finds: images belong into a folder for each class, directly below dataset.root or below '
+                   'the folder of the split')
     processes.agree(loader.sidecar['crc32'], path)
     return loader
 

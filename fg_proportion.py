@@ -24,7 +24,8 @@ no proportion but 0 and 1 is a multiple of 0.2, and both rules agree.
 Run folder: fg_proportion.npz with `pc` (K,) of length 1 pointing towards the foreground, `sign` (what turned the
 eigenvector, or the file of `pca`, into it), `mean` (K,), `threshold`, `explained` (share of the variance), `encoder`
 (fingerprint of the weights) and, for N images, `proportion` float32 (N,) (NaN: unreadable), `noise_level` int16 (N,)
-(-1: unreadable), `identity` uint32 (N,) (by which later stages know the images again); embeddings.npy (N, D) float16,
+(-1: unreadable), `identity` uint32 (N,) (by which later stages know the images again; `pca_identity` of the images
+`pca_images` out of `images`, also without proportions); embeddings.npy (N, D) float16,
 projected and not normalised (zeros: unreadable), made for numpy.load(..., mmap_mode='r'); histogram.png,
 foreground.png, config.yaml, versions.json, log.jsonl.
 """
@@ -359,7 +360,8 @@ def same_start(parts, mine, source, config):
     if str(old['dtype']) != mine['dtype']:
         raise Fail(f"{parts.parent}: was started in {str(old['dtype'])[6:]}, this device would go on in "
                    f"{mine['dtype'][6:]}: set precision to one that both can, and {again}")
-    same_pca_images(source, old, parts.parent)
+    if not np.array_equal(old['pca_identity'], mine['pca_identity']):
+        same_pca_images(source, old, parts.parent)
 
 
 def measure(config, folder):

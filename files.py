@@ -138,11 +138,12 @@ def load_checkpoint(path, mend=None):
 
 
 def weights_checksum(path):
-    """Of the bytes of a file, or of all .safetensors and .bin below a folder: a number that tells other weights."""
+    """Of the bytes of a file, or of all .safetensors below a folder (where there are none: .bin): a number that tells
+    other weights."""
     path, found = Path(path), 0
-    inside = sorted(file for file in path.rglob('*') if file.suffix in ('.safetensors', '.bin'))
+    inside = sorted(path.rglob('*.safetensors')) or sorted(path.rglob('*.bin')) or [path / 'model.safetensors']
     try:
-        for file in (inside or [path / 'model.safetensors']) if path.is_dir() else [path]:
+        for file in inside if path.is_dir() else [path]:
             found = zlib.crc32(file.read_bytes(), found)
     except OSError as error:
         raise Fail(f'{file}: ' + ('no such checkpoint' if isinstance(error, FileNotFoundError) else

@@ -8,8 +8,9 @@
 Reads the noise levels and CLIP embeddings of stage 1 (fg_proportion.py). Views are kept in chunks of consecutive
 images, OUTPUT/views/000012.tar with {index:08d}.png (or .jpg) and .json, WebDataset's naming. A chunk appears when it
 is complete and is never made again: the same command goes on where a killed one stopped, and processes share the work
-by taking every n-th chunk. The process that finds all chunks there writes OUTPUT/pairs.beton, pairs.png and images.npy,
-by which the images are known again: when they have changed since stage 1 or since packing, nothing is made of them.
+by taking every n-th chunk. The process that finds all chunks there writes OUTPUT/pairs.beton and pairs.png. By
+images.npy, written with the first view or at packing, the images are known again: when they have changed since then or
+since stage 1, nothing is made of them.
 
 verify=true reads everything back (of several processes each its share, and duplicates within it), counts what is wrong
 and exits with 1. A chunk with something wrong becomes 000012.tar.bad (empty where the chunk was missing): it has been
@@ -193,7 +194,7 @@ from tqdm import tqdm
 
 from chunks import ForeignViews, StoredViews, bad, defects_of, encode_view, view_names, write_chunk
 from common import Log, Processes, StopSignal, shard
-from files import atomic, load_arrays, load_json, save_json, weights_checksum
+from files import atomic, checksums, load_arrays, load_json, save_json, weights_checksum
 from data import BeingWritten, open_beton, write_beton
 from pictures import grid, harmless
 from sources import Source, same_images, shrink, source_dataset
@@ -236,11 +237,9 @@ def main(config):
                         proportions=checksum, **({'pool': pool_checksum(config['pool'])} if retrieved else {}),
                         noise_level=config['noise_level'] if config['strategy'] == 'constant' else None,
                         **({'views_per_image': config['views_per_image']} if config['views_per_image'] > 1 else {}))
-        if not retrieved:
-            made_of = [spec['model']] + [spec['noise']['extractor']] * (spec['condition'] == 'pipeline') \
-                if spec['kind'] == 'icgan' else [spec['model'], *spec['fallbacks']]
-            settings['weights'] = [weights_checksum(name) for name in made_of  # of a hub's there is none
-                                   if spec['kind'] == 'icgan' or Path(name, 'model_index.json').is_file()]
+        if spec['kind'] == 'icgan' and not retrieved:
+            made_of = [spec['model']] + [spec['noise']['extractor']] * (spec['condition'] == 'pipeline')
+            settings['weights'] = list(map(weights_checksum, made_of))
     moved = () if embeddings is None else ('dataset.root',)  # a dataset may move: its embeddings tell which one it is
     same_settings(output / 'settings.json', settings, (*moved, 'made_by'))  # before anything is written
     unmoved = {**settings, 'dataset': {k: v for k, v in settings['dataset'].items() if k != 'root'}}
@@ -250,9 +249,15 @@ def main(config):
     beton, chunks, mine, images = output / 'pairs.beton', [], [], output / 'images.npy'
 
     def claim(made_by):
-        """Write down, if no other task has, what these views are made from and by which generator: chunks of a fallback
-        must not mix with those of the first one."""
-        same_settings(output / 'settings.json', {**settings, 'made_by': made_by}, moved, claim=True)
+        """Write down, if no other task has, what these views are made from and by which generator: those of a fallback,
+        of other weights or in another precision must not mix with them."""
+        path, ours = output / 'settings.json', {**made_by, **checksums(made_by['generator'])}
+        same_settings(path, {**settings, 'made_by': ours}, (*moved, 'made_by'), claim=True)
+        theirs = load_json(path).get('made_by', ours)  # an earlier version did not write it
+        if theirs != ours and config['strategy'] != 'retrieval':  # its embeddings have been compared
+            raise Fail(f"{output}: its views were made by {', '.join(map(str, theirs.values()))}, not by "
+                       f"{', '.join(map(str, ours.values()))} (name, precision, checksum of the weights): make that "
+                       'generator available again, or set generator.precision')
         if known is None and not latent and not images.exists():  # no stage 1 knows the images
             remember_images()
 
@@ -394,9 +399,7 @@ def same_settings(path, settings, moved, claim=False):
     if claim:
         save_json(path, settings, once=True)
     mend = 'delete it where the views beside it were made with these settings; verify=true looks whether they were'
-    known = load_json(path, mend) if path.exists() else settings
-    moved = (*moved, *({'weights', 'made_by'} - known.keys()))  # an earlier version did not write these
-    changed = changed_keys(known, settings, moved)
+    changed = path.exists() and changed_keys(load_json(path, mend), settings, moved)
     if changed:
         raise Fail(f"{path.parent}: was made with other settings: {', '.join(changed)}; choose another output folder "
                    'or delete this one')

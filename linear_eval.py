@@ -88,6 +88,8 @@ def check(config, world=1):
     if config['linear']['batch_size'] % world:
         raise Fail(f"linear.batch_size: {config['linear']['batch_size']} (of all processes together) is not a multiple "
                    f'of the {world} processes')
+    if config['linear']['nesterov'] and not config['linear']['momentum']:
+        raise Fail('linear.nesterov: needs a linear.momentum above 0')
     recipe_row({'size': 224, 'crop_scale': config['linear']['crop_scale'], 'flip': config['linear']['flip']}, 'linear')
 
 
@@ -230,6 +232,8 @@ def main(config):
     identity = {**config, 'dtype': str(dtype), 'backbone_sha256': fingerprint, 'betons_sha256': contents}
     results_path, checkpoint = folder / 'results.json', folder / 'linear.pt'
     if answered(results_path, identity, BOOKKEEPING, processes, anew=True):
+        if processes.main:
+            checkpoint.unlink(missing_ok=True)  # killed between the two
         return
     saved = earlier(checkpoint, identity, BOOKKEEPING, needs=('probes', 'optimizer', 'epoch'))
 
@@ -295,6 +299,7 @@ def main(config):
             dist.all_reduce(loss_sum)
         loss_sum /= steps * processes.world
         if not loss_sum[0].isfinite():
+            checkpoint.unlink(missing_ok=True)  # nothing to go on from
             raise Fail(f"linear probe: the loss is not finite in epoch {epoch + 1}; lower linear.lr")
         log.write(None, step=epoch + 1, loss=loss_sum[0].item(), lr=optimizer.param_groups[0]['lr'],
                   **({'losses': loss_sum.tolist()} if len(lrs) > 1 else {}))

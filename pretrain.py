@@ -23,10 +23,12 @@ micro-batches already find the keys of earlier ones in the queue. The negatives 
 of SwAV and the statistics of VICReg are those of the micro-batch: there it is another, smaller-batch method.
 """
 import math
+import os
 import sys
 import time
 from contextlib import closing, nullcontext
 from itertools import count, islice
+from pathlib import Path
 
 from config import Fail, check_values, few, run_folder
 from start import run, say
@@ -289,7 +291,7 @@ from tqdm import tqdm
 
 from checkpoints import NORMALIZATIONS, normalization, save_backbone
 from common import Log, Processes, StopSignal, earlier, precision_dtype, random_states, restore, seed_everything
-from files import checksums, save_checkpoint
+from files import checksums, load_json, save_checkpoint
 from data import PairLoader, check_size
 from features import Monitor
 from frozen_clip import Quality, clip_files
@@ -314,13 +316,13 @@ def open_pairs(config, processes):
                            device=processes.device,
                            steps_per_epoch=data['online']['images_per_epoch'] // config['batch_size']
                            * config['accumulate'], **share)
-    if not processes.main:
-        processes.barrier()  # the first process checks every byte; then that of each node its own copy, if it has one
+    betons = [data['beton']] if isinstance(data['beton'], str) else data['beton']
+    stamps = [(s.st_size, s.st_mtime_ns, s.st_ino) for s in map(os.stat, filter(os.path.exists, betons))]
+    own = stamps != processes.of_first(stamps)  # a copy on this node's disk: nobody else checks its bytes
     loader = PairLoader(data['beton'], recipes, data['alpha'], data['swap'], num_workers=data['num_workers'],
-                        verify=processes.local_rank == 0, pin_memory=processes.device.type == 'cuda',
+                        pin_memory=processes.device.type == 'cuda',
+                        verify=processes.main or own and processes.local_rank == 0,
                         generated={k: v for k, v in config['view_generated'].items() if v is not None}, **share)
-    if processes.main:
-        processes.barrier()
     if len(loader) < config['accumulate']:
         raise Fail(f"batch_size: {config['batch_size']} is more than the {loader.sidecar['samples']} images of "
                    f"{data['beton']}")
@@ -458,12 +460,13 @@ def stop_if_not_finite(losses, parameters, step, last_saved, checkpoint):
 def contents(config):
     """Checksums of the files that decide this training beside its config; what is gone is left out."""
     pairs, online, quality = config['data']['beton'], config['data']['online'], config['quality']
-    files = [f'{path}.json' for path in ([pairs] if isinstance(pairs, str) else pairs or [])]
+    files, pairs = [], [pairs] if isinstance(pairs, str) else pairs or []
     if online['images_per_epoch']:
         files += [online['model'], online['discriminator'], *(move['walker'] for move in online['chunks'].values())]
     if quality['enabled']:
         files += [quality['pc'], *clip_files(quality['clip'])]
-    return checksums(*files)
+    return checksums(*files) | {path: load_json(f'{path}.json').get('crc32') for path in pairs
+                                if Path(f'{path}.json').exists()}
 
 
 def save(checkpoint, model, optimizer, scaler, step, steps_per_epoch, config, made_of, processes):

@@ -325,7 +325,7 @@ def _split_folder(root, folders, split):
 def _folder(root, split, download):
     folders = lambda: [entry.name for entry in visible(root) if is_folder(entry)]
     root, others = _split_folder(root, folders(), split)
-    files, labels, classes, empty, deep, left = [], [], [], [], [], Counter()
+    files, labels, classes, empty, deep, mixed, left = [], [], [], [], [], [], Counter()
     direct = [entry.name for entry in visible(root) if not is_folder(entry)]
     for name in folders():
         inside = sorted(f'{name}/{file}' for file in walk(root / name))
@@ -337,10 +337,12 @@ def _folder(root, split, download):
         below = {file.split('/')[1] if file.count('/') > 1 else None for file in images} - {None}
         splits = [part for part in sorted(below) if any(part.lower() in names for names in SPLIT_FOLDERS.values())]
         if len(splits) > 1:
-            raise Fail(f'dataset: {root}: {name} would be one class, but it holds the splits {few(splits)}: set '
-                       f'dataset.root={root / name}, or rename them where they are none')
-        if below and len(images) == sum(file.count('/') > 1 for file in images):
+            mixed.append(f'{name} ({few(splits)})')
+        elif below and all(file.count('/') > 1 for file in images):
             deep.append(f'{name}/{min(below)}')
+    if mixed and len(classes) == 1:
+        raise Fail(f'dataset: {root}: the only class would be {mixed[0]}, which holds splits: set dataset.root='
+                   f'{root / classes[0]}')
     left.update(os.path.splitext(file)[1].lower() for file in direct if not is_image(file))
     direct = [file for file in direct if is_image(file)]
     skipped = ', '.join(f'{n} {kind or "without extension"}' for kind, n in sorted(left.items()))
@@ -350,6 +352,7 @@ def _folder(root, split, download):
     notes = [text for text in (
         others and f'not used beside the splits: {few(others)}',
         empty and f'folders without images, which are no classes: {few(empty)}',
+        mixed and f'splits inside folders, of which all images are taken: {few(mixed)}',
         deep and f'classes whose images all lie in folders inside them: {few(deep)} (where those are the classes, set '
         'dataset.root to the folder above them)',
         files and direct and f'{len(direct)} images directly in it are not used, only those of its folders',

@@ -32,9 +32,9 @@ def run(stage, defaults, nullable=()):
                 error = f'{error.filename}: {error.strerror}: mend that, or name another in the YAML'
             else:
                 raise
-        elif isinstance(error, MemoryError) or re.search(NO_MEMORY, str(error)):
+        elif not isinstance(error, Fail) and (isinstance(error, MemoryError) or re.search(NO_MEMORY, str(error))):
             error = ('out of memory' + f": {' '.join(str(error).split())[:200]}" * bool(str(error)) + '; set a smaller '
-                     'batch (batch_size, batch, or accumulate in pretrain.py), image or network')
+                     'batch (batch_size, batch), image or network, or in pretrain.py a larger accumulate')
         elif isinstance(error, RuntimeError):
             if not re.search(LOST_WORKER, str(error)):
                 raise

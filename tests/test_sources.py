@@ -268,10 +268,13 @@ def test_trees_that_are_a_level_too_deep(tmp_path):
     assert 'lie in folders inside them: seg_test/x, seg_train/x' in note and '\n' not in note
     put(tmp_path, 'seg_train/1.png')  # images of its own: a class with folders in it
     assert 'inside them: seg_test/x (' in source_dataset({'name': 'folder', 'root': str(tmp_path)}).note
-    put(tmp_path / 'two', *(f'set/{split}/{kind}/1.png' for split in ('train', 'val') for kind in 'xy'), 'z/1.png')
-    words = 'set would be one class, but it holds the splits train, val: set dataset.root=.*/set'
-    with pytest.raises(Fail, match=words):
+    put(tmp_path / 'two', *(f'set/{split}/{kind}/1.png' for split in ('train', 'val') for kind in 'xy'))
+    with pytest.raises(Fail, match=r'the only class would be set .train, val., which holds splits: set .*root=.*/set$'):
         source_dataset({'name': 'folder', 'root': str(tmp_path / 'two')})
+    put(tmp_path / 'two', 'nut/train/1.png', 'nut/test/1.png')  # as MVTec: a class holds its splits
+    source = source_dataset({'name': 'folder', 'root': str(tmp_path / 'two')})
+    assert source.classes == ['nut', 'set'] and len(source) == 6
+    assert 'of which all images are taken: nut (test, train), set (train, val)' in source.note
     put(tmp_path / 'three', 'engine/train/1.png', 'engine/wagon/1.png', 'ship/1.png')  # a train is a thing too
     assert source_dataset({'name': 'folder', 'root': str(tmp_path / 'three')}).classes == ['engine', 'ship']
 
