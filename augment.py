@@ -585,9 +585,9 @@ def _augment(image, height, width, recipe, d, rows, planes, floats, out):
 @njit(**JIT)
 def render(io, table, first, last, seed, epoch, alpha, swap, recipes, offsets, file, images, rows, planes, floats,
             out, synthetic):
-    """Fill the samples first..last of a batch: io: see PREAD to FILES, table (B, 13),
-    recipes (2, views, SPREAD + 1) of views from the image and of those from the synthetic one. Returns -1, or
-    4 * sample + 2 * source + error - 1 of the first sample that cannot be read."""
+    """Fill the samples first..last of a batch. io: see PREAD to FILES; table (B, 13); recipes (2, views, SPREAD + 1) of
+    views from the image and of those from the synthetic one. Returns -1, or 4 * sample + 2 * source + error - 1 of
+    the first sample that cannot be read."""
     views = recipes.shape[1]
     for i in range(first, last):
         row = table[i]
