@@ -16,7 +16,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 import bench
 import pretrain
-from augment import DECOMPRESS, FILES, FLAGS, HANDLE, IMAGE, PREAD, VIEW, _c
+from augment import DECOMPRESS, FILES, FLAGS, HANDLE, IMAGE, PREAD, VIEW, _c, blur_reach
 from config import load_config
 from data import JPG
 
@@ -56,7 +56,8 @@ class PILBlur:
 def transform(recipe, module, blur='pil'):
     """A recipe in torchvision: module v1 on PIL images and to a tensor at last, or v2 on tensors."""
     size, sigma, jitter = recipe['size'], recipe['blur_sigma'], module.ColorJitter(*recipe['jitter'])
-    blur = PILBlur(sigma) if module is v1 and blur == 'pil' else module.GaussianBlur(int(0.1 * size) | 1, sigma)
+    kernel = 2 * blur_reach(size, sigma[1], 0) + 1  # the widest that ours takes
+    blur = PILBlur(sigma) if module is v1 and blur == 'pil' else module.GaussianBlur(kernel, sigma)
     steps = [(1, module.RandomResizedCrop(size, scale=recipe['crop_scale'])),
              (recipe['flip'], module.RandomHorizontalFlip(recipe['flip'])),
              (recipe['jitter_prob'], module.RandomApply([jitter], recipe['jitter_prob'])),
