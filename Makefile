@@ -8,7 +8,7 @@ demo: $(ready)
 	.venv/bin/python tiny/demo.py
 
 test: $(ready)
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --dist loadfile tests
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
 
 lint: $(ready)
 	.venv/bin/ruff check .

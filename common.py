@@ -1,6 +1,7 @@
 """What every stage needs and nothing else: processes, stop signal, resuming, log; its start and end are in start.py."""
 import ctypes
 import fcntl
+import functools
 import json
 import os
 import random
@@ -240,6 +241,7 @@ def seed_everything(seed):
 # ---------------------------------------------------------------------------------------------------
 # Log
 
+@functools.cache
 def versions():
     names = 'torch torchvision ffcv diffusers open_clip_torch timm numpy numba'.split()
     found = {n: metadata.version(n) for n in names if _installed(n)}

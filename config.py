@@ -1,5 +1,7 @@
 """What a config may hold: the YAML of an experiment on top of a script's defaults, read strictly, and its checks."""
+import copy
 import difflib
+import functools
 import os
 import re
 import reprlib
@@ -86,7 +88,12 @@ def _null_types(value):
 
 def default_config(defaults):
     """The config that the defaults (YAML text) alone give."""
-    return _without_types(_read_yaml(defaults, 'defaults', _DefaultsLoader))
+    return copy.deepcopy(_without_types(_read_defaults(defaults)))
+
+
+@functools.cache
+def _read_defaults(defaults):
+    return _read_yaml(defaults, 'defaults', _DefaultsLoader)
 
 
 def _without_types(value):
@@ -186,7 +193,7 @@ def load_config(defaults, argv, nullable=()):
 
     Keys of `nullable` may be set to null though their default is not; what keys that are null may hold instead stands
     in the defaults as a tag. In texts ~ and $NAME are expanded. Returns a nested dict."""
-    config, defaults = default_config(defaults), _read_yaml(defaults, 'defaults', _DefaultsLoader)
+    config, defaults = default_config(defaults), _read_defaults(defaults)
     changes = [a for a in argv if '=' in a and '/' not in a.partition('=')[0] and not os.path.isfile(a)]
     files = [a for a in argv if a not in changes]
     if len(files) != 1:

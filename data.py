@@ -77,7 +77,8 @@ def write_beton(path, samples, n, settings, mode='raw', quality=95, num_workers=
                uint8 RGB (H, W, 3), view the same or None (then noise_level must be -1); or a list of `views` such
     settings   any JSON, kept in the sidecar
     mode       'raw' stores pixels (CIFAR-size images), 'jpg' encodes them with `quality`
-    page_size  bytes, a power of two; no stored image may be larger. Default: 2 MiB for small raw images, else 8 MiB
+    page_size  bytes, a power of two; no stored image may be larger. Default: 2 MiB for small raw images, else 8 MiB,
+               doubled where an image needs it
     views      views per image: the second and further ones become the fields `view_2`, `view_3`, ...
     The bytes do not depend on num_workers. Writes to `<path>.partial` and renames; after an error the partial file is
     removed. Raises Fail for a sample that cannot be stored and when the disk is full."""
@@ -135,7 +136,8 @@ def write_beton(path, samples, n, settings, mode='raw', quality=95, num_workers=
         raise Fail(f'{path}: cannot be written: {e.strerror}') from e
     try:
         with file, ThreadPoolExecutor(num_workers) as pool:
-            if page_size is None:
+            automatic = page_size is None
+            if automatic:
                 page_size = 1 << (21 if mode == 'raw' and len(sample(0)[0][0][-1]) <= 1 << 17 else 23)
             descriptors = np.zeros(len(fields), FieldDescType)
             for descriptor, (name, kind) in zip(descriptors, fields.items()):
@@ -150,6 +152,8 @@ def write_beton(path, samples, n, settings, mode='raw', quality=95, num_workers=
                 part = range(begin, min(n, begin + 16 * num_workers))
                 for i, (images, numbers) in zip(part, pool.map(sample, part)):
                     for k, (kind, w, h, content) in enumerate(images):
+                        while automatic and len(content) > page_size < 1 << 31:
+                            page_size *= 2               # what lies within the smaller ones lies within these
                         if len(content) > page_size:
                             raise Fail(f'{path}: sample {i}: an image of {len(content):,} bytes does not fit a '
                                        f'page of {page_size:,}: use mode jpg or a larger page_size')

@@ -10,6 +10,7 @@ given labels (B,) too.
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -99,7 +100,13 @@ class UnCLIP:
                         raise ValueError(f"lacks {', '.join(absent)}; download the whole folder")
                 # The condition comes from stage 1 (fg_proportion.py), so that the image encoder is not needed.
                 unused = {} if self.own_encoder else dict(image_encoder=None, feature_extractor=None)
-                pipeline = _Pipeline.from_pretrained(name, dtype=self.dtype, local_files_only=folder.is_dir(), **unused)
+                load = partial(_Pipeline.from_pretrained, name, dtype=self.dtype, **unused)
+                try:  # what was fetched before: no task need ask the hub, or wait for one that it cannot reach
+                    pipeline = load(local_files_only=True)
+                except Exception:
+                    if folder.is_dir():
+                        raise
+                    pipeline = load()
             except Exception as error:
                 reason = (str(error).strip() or repr(error)).splitlines()[0]
                 files = [file for part in ('', *needed) for file in sorted((folder / part).glob('*'))]

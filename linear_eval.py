@@ -262,6 +262,8 @@ def main(config):
     log.write(f"kNN (k {knn['k']}, temperature {knn['temperature']}): top-1 {nearest[0]:.2f}  top-5 {nearest[1]:.2f}",
               knn_top1=nearest[0], knn_top5=nearest[1])
 
+    if linear['augment']:
+        train = None, train[1]  # ImageNet's features are 10 GB of every process, and kNN alone needed them
     # Linear probes; gradients are averaged by hand (small layers)
     lrs = list(dict.fromkeys([linear['lr'], *map(float, linear['more_lrs'])]))
     probes, optimizer, first = build_probes(linear, lrs, info['feature_dim'], classes, saved, device)

@@ -28,7 +28,6 @@ import sys
 import time
 from contextlib import closing, nullcontext
 from itertools import count, islice
-from pathlib import Path
 
 from config import Fail, check_values, few, run_folder
 from start import run, say
@@ -263,8 +262,8 @@ def check(config, world=1):
         raise Fail(f"{block}.queue: {settings['queue']} is not a multiple of the {keys} keys of a step; "
                    f"{max(1, round(settings['queue'] / keys)) * keys} is")
     if method == 'mocov2' and (settings['bn_splits'] % world or batch // accumulate % settings['bn_splits']):
-        raise Fail(f"moco.bn_splits: {settings['bn_splits']} must be a multiple of the {world} processes (the nearest "
-                   f'to what was published is {max(world, 8 // world * world)}) and divide batch_size {batch}'
+        raise Fail(f"moco.bn_splits: {settings['bn_splits']} must be a multiple of the {world} processes (published "
+                   f'are 8 groups: start 1, 2, 4 or 8 processes) and divide batch_size {batch}'
                    + f' / accumulate {accumulate}' * (accumulate > 1))
     small, patch = config['small_crops'], config['backbone']['patch_size']
     if small['count'] and config['backbone']['arch'].startswith('vit') and small['size'] % patch:
@@ -458,15 +457,17 @@ def stop_if_not_finite(losses, parameters, step, last_saved, checkpoint):
 
 
 def contents(config):
-    """Checksums of the files that decide this training beside its config; what is gone is left out."""
+    """Checksums of the files that decide this training beside its config, {key: numbers}; what is gone is left out."""
     pairs, online, quality = config['data']['beton'], config['data']['online'], config['quality']
-    files, pairs = [], [pairs] if isinstance(pairs, str) else pairs or []
+    sides = [f'{path}.json' for path in ([pairs] if isinstance(pairs, str) else pairs or [])]
+    found = {'data.beton': [load_json(side).get('crc32') for side in sides if os.path.exists(side)]}
     if online['images_per_epoch']:
-        files += [online['model'], online['discriminator'], *(move['walker'] for move in online['chunks'].values())]
+        walkers = [move['walker'] for move in online['chunks'].values()]
+        found['data.online'] = [*checksums(online['model'], online['discriminator'], *walkers).values()]
     if quality['enabled']:
-        files += [quality['pc'], *clip_files(quality['clip'])]
-    return checksums(*files) | {path: load_json(f'{path}.json').get('crc32') for path in pairs
-                                if Path(f'{path}.json').exists()}
+        found |= {'quality.pc': [*checksums(quality['pc']).values()],
+                  'quality.clip': [*checksums(*clip_files(quality['clip'])).values()]}
+    return {key: part for key, part in found.items() if part}
 
 
 def save(checkpoint, model, optimizer, scaler, step, steps_per_epoch, config, made_of, processes):
@@ -534,6 +535,10 @@ def introduce(log, model, loader, config, processes, dtype, steps_per_epoch, ste
     if config['method'] == 'mocov2' and queue > images:
         log.write(f"moco.queue: {queue} keys of {images} images: many negatives are views of the query's own image; a "
                   'quarter of the images is a usual size')
+    if config['accumulate'] > 1 and config['method'] not in ('mocov2', 'simsiam', 'byol'):
+        log.write(f"accumulate: negatives, codes or statistics of {config['method']} are those of "
+                  f"{config['batch_size'] // config['accumulate']} samples, as in so small a batch; more processes or "
+                  'half precision keep batch_size as it is named')
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log.write(f"{config['method']} {describe(config['backbone'])[1]}, {trained / 1e6:.2f} M trained parameters; "
               f"{images} images, {loader.sidecar['with_view']} with a synthetic view; global batch "
@@ -551,11 +556,12 @@ def main(config):
     settings, epochs, accumulate = (config[key] for key in ('optimizer', 'epochs', 'accumulate'))
     folder = run_folder(config['output'])
     checkpoint, finished = folder / 'checkpoint.pt', folder / 'backbone.pt'
-    saved = earlier(checkpoint, config, (*BOOKKEEPING, *{*BLOCKS.values()} - {BLOCKS[config['method']]}),
-                    needs=('model', 'optimizer', 'scaler', 'epoch', 'step', 'random', 'contents'))
     made_of = contents(config)
     processes.agree(made_of, 'data, quality')
-    other = [path for path, found in made_of.items() if saved and saved['contents'].get(path, found) != found]
+    moved = {'data.beton', 'quality.pc'} & made_of.keys()  # what lies there is compared: it may lie elsewhere now
+    saved = earlier(checkpoint, config, (*BOOKKEEPING, *moved, *{*BLOCKS.values()} - {BLOCKS[config['method']]}),
+                    needs=('model', 'optimizer', 'scaler', 'epoch', 'step', 'random', 'contents'))
+    other = [key for key, found in made_of.items() if saved and saved['contents'].get(key, found) != found]
     if other:
         raise Fail(f"{checkpoint} was made with another content of {', '.join(other)}; set another output=")
     if saved and saved['epoch'] == epochs and finished.is_file():

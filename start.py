@@ -12,6 +12,7 @@ import errno
 import os
 import re
 import sys
+import traceback
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,30 +24,40 @@ def run(stage, defaults, nullable=()):
     open_streams()
     try:
         stage(load_config(defaults, sys.argv[1:], nullable))
-    except (Fail, OSError, RuntimeError, MemoryError) as error:
-        if isinstance(error, OSError):
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):  # met by the log; the rest is atomic()
-                error = f'{error.strerror}: make room, and the same command goes on'
-            elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR) \
-                    and error.filename:
-                error = f'{error.filename}: {error.strerror}: mend that, or name another in the YAML'
-            else:
-                raise
-        elif not isinstance(error, Fail) and (isinstance(error, MemoryError) or re.search(NO_MEMORY, str(error))):
-            error = ('out of memory' + f": {' '.join(str(error).split())[:200]}" * bool(str(error)) + '; set a smaller '
-                     'batch (batch_size, batch), image or network, or in pretrain.py a larger accumulate')
-        elif isinstance(error, RuntimeError):
-            if not re.search(LOST_WORKER, str(error)):
-                raise
-            error = (f"a process that decodes images is lost ({str(error).strip().splitlines()[-1][:120]}): memory or "
-                     '/dev/shm is too small; set num_workers=0, or give a container more (docker run --shm-size=8g)')
-        say(f'{Path(sys.argv[0]).name}: {error}', sys.stderr)
-        os._exit(2) if group() else sys.exit(2)  # the other ranks may wait in a collective
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        line = mendable(error)
+        if line:
+            say(f'{Path(sys.argv[0]).name}: {line}', sys.stderr)
+        elif not group():
+            raise
+        else:
+            traceback.print_exc()
+            sys.stderr.flush()
+        os._exit(2 if line else 1) if group() else sys.exit(2)  # the other ranks may wait in a collective: leave it so
     finally:
         if group():
             group().destroy_process_group()
+
+
+def mendable(error):
+    """What the user is to be told of an error that is no bug, in a line; None of a bug."""
+    text = ' '.join(str(error).split())
+    if isinstance(error, Fail):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):  # met by the log; else see atomic()
+        return f'{error.strerror}: make room, and the same command goes on'
+    if isinstance(error, OSError) and error.filename and error.errno in (
+            errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR):
+        return f'{error.filename}: {error.strerror}: mend that, or name another in the YAML'
+    if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and re.search(NO_MEMORY, text):
+        return ('out of memory' + f': {text[:200]}' * bool(text) + '; set a smaller batch (batch_size, batch), image '
+                'or network; pretrain.py runs on more GPUs, in half precision or with a larger accumulate')
+    if isinstance(error, RuntimeError) and re.search(LOST_WORKER, str(error)):
+        return (f"a process that decodes images is lost ({str(error).strip().splitlines()[-1][:120]}): memory or "
+                '/dev/shm is too small; set num_workers=0, or give a container more (docker run --shm-size=8g)')
+    return None
 
 
 LOST_WORKER = (r'DataLoader worker \(pid.*(killed|exited)|[Pp]in memory thread exited|'

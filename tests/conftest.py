@@ -74,12 +74,23 @@ def held(stage, key, last):
     return sys.executable, '-c', code
 
 
+LONG = ('readme', 'fg_proportion', 'gen_views', 'pretrain', 'detect_eval', 'mutations', 'tiny', 'speed', 'linear_eval',
+        'view_eval', 'latent_rows', 'train_walker', 'semi_eval', 'yamls')  # minutes; files of two workers, these first
+
+
+def pytest_collection_modifyitems(items):
+    names = [f'test_{name}' for name in LONG]
+    items.sort(key=lambda item: names.index(item.path.stem) if item.path.stem in names else len(names))
+
+
+HANDLERS = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+
+
 @pytest.fixture(autouse=True)
 def signal_handlers():
     """A stage that ran in this process leaves its own behind: pytest would not end on SIGTERM."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
     yield
-    for number, handler in before.items():
+    for number, handler in HANDLERS.items():
         signal.signal(number, handler)
 
 

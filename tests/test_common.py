@@ -166,6 +166,22 @@ def test_out_of_memory_is_one_line(error, monkeypatch, capsys):
     assert str(error)[:40] in line
 
 
+def test_a_bug_in_one_of_several_processes_does_not_wait_for_the_others(monkeypatch, capfd):
+    def fails(config):
+        raise ValueError('a bug')
+    left = []
+    monkeypatch.setattr(start, 'load_config', lambda *_: {})
+    monkeypatch.setattr(start, 'group', lambda: common.dist)
+    monkeypatch.setattr(start.os, '_exit', lambda code: left.append(code) or sys.exit(code))
+    monkeypatch.setattr(common.dist, 'destroy_process_group', lambda: left.append('after'))
+    with pytest.raises(SystemExit):
+        start.run(fails, '')
+    assert left == [1, 'after'] and 'ValueError: a bug' in capfd.readouterr().err  # 'after': there is no exit here
+    monkeypatch.setattr(start, 'group', lambda: None)
+    with pytest.raises(ValueError):
+        start.run(fails, '')
+
+
 def test_memory_that_torch_cannot_get_is_recognised():
     for take in (lambda: torch.empty(1 << 60, dtype=torch.uint8), lambda: np.empty(1 << 60, np.uint8)):
         with pytest.raises((RuntimeError, MemoryError)) as error:

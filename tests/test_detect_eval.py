@@ -392,7 +392,8 @@ def test_two_processes(workplace, trained, tmp_path):
     state = weights(trained)
     changes = (*SHORT[2:-1], 'iterations=123', 'steps=[100]')
     (tmp_path / 'two').mkdir()
-    config = {**state['config'], **config_of(workplace, *changes)}
+    detect_eval.main(config_of(workplace, *changes, 'iterations=1', 'warmup=0', f'output={tmp_path}/short'))
+    config = {**weights(tmp_path / 'short')['config'], **config_of(workplace, *changes)}  # with its data's checksums
     torch.save({**state, 'config': config}, tmp_path / 'two/checkpoint.pt')
     launcher = (sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2')
     run = subprocess.run(command(workplace, *changes, f'output={tmp_path}/two', launcher=launcher),

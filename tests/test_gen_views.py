@@ -211,7 +211,8 @@ def test_sigterm_leaves_whole_chunks(settings, tmp_path):
     path.write_text(yaml.safe_dump({**settings, 'generator': {**settings['generator'], 'steps': 200}}))
     job = subprocess.Popen(command(path), cwd=ROOT, stdout=subprocess.PIPE, text=True)
     folder = Path(settings['output'])
-    while not (folder / 'views/000000.tar').exists() and job.poll() is None:
+    begin = time.time()
+    while not (folder / 'views/000000.tar').exists() and job.poll() is None and time.time() - begin < 600:
         time.sleep(0.01)
     job.send_signal(signal.SIGTERM)
     output, _ = job.communicate(timeout=120)

@@ -340,8 +340,7 @@ def every_text():
     for stage, module in STAGES.items():
         for path in sorted((ROOT / 'yamls' / stage).glob('*.yaml')):
             yield stage, path.read_text()
-        for _ in range(10):  # as likely as the others together, about
-            yield stage, yaml.safe_dump(config_of(stage), sort_keys=False)
+        yield from [(stage, yaml.safe_dump(config_of(stage), sort_keys=False))] * 10  # as likely as the others together
 
 
 VALUES = ['', 'null', '0', '-1', '1', '3', '1e30', '-1e-30', '.nan', '.inf', '-.inf', 'nan', '1' + '0' * 400,

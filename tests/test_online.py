@@ -156,7 +156,11 @@ def test_pretraining_online_resumes_bit_exactly(folder, tmp_path, one_thread, mo
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(OnlinePairs, 'batch', stop)
         pretrain.main(stopped)
-    pretrain.main(stopped)
+    with monkeypatch.context() as patch:
+        batch = OnlinePairs.batch
+        patch.setattr(OnlinePairs, 'batch', lambda loader, ids: (counted.append(ids), batch(loader, ids))[1])
+        pretrain.main(stopped)
+    assert [list(indices) for indices in counted[6:]][0] == list(counted[5])          # it went on at the sixth step
     again = torch.load(tmp_path / 'stopped/backbone.pt', weights_only=True)['state_dict']
     assert all(torch.equal(whole[name], again[name]) for name in whole)
     with pytest.raises(Fail, match='data.online.chunks'):

@@ -196,7 +196,7 @@ def test_several_betons_are_one_training_set(workplace, tmp_path):
     pretrain.main(config_of(workplace, betons, f'output={tmp_path}/out'))
     assert len(lines(tmp_path / 'out')) == 5               # 80 images in batches of 16
     write_beton(tmp_path / 'extra.beton', lambda i: (extra[15 - i], None, 0, i, -1), 16, {})
-    with pytest.raises(Fail, match=f'another content of {tmp_path}/extra.beton;'):
+    with pytest.raises(Fail, match='another content of data.beton;'):
         pretrain.main(config_of(workplace, betons, f'output={tmp_path}/out'))
 
 
@@ -232,19 +232,25 @@ def test_what_a_run_was_made_from_is_compared_when_it_goes_on_and_when_it_is_fin
     weights = (tmp_path / 'clip/open_clip_model.safetensors').read_bytes()
     (tmp_path / 'weights').write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
     assert other['samples'] == 64
-    for name, by, words in (('pairs.beton.json', 'other.beton.json', 'pairs.beton'),
-                            ('fg.npz', 'turned.npz', 'fg.npz'),
-                            ('clip/open_clip_model.safetensors', 'weights', 'clip')):
+    for name, by, key in (('pairs.beton.json', 'other.beton.json', 'data.beton'),
+                          ('fg.npz', 'turned.npz', 'quality.pc'),
+                          ('clip/open_clip_model.safetensors', 'weights', 'quality.clip')):
         whole = (tmp_path / name).read_bytes()
         shutil.copy(tmp_path / by, tmp_path / name)
         for gone in (False, True):  # finished, and not
             (tmp_path / 'out/backbone.pt').rename(tmp_path / 'kept') if gone else None
-            with pytest.raises(Fail, match=f'was made with another content of {tmp_path}/{words}; set another'):
+            with pytest.raises(Fail, match=f'was made with another content of {key}; set another'):
                 pretrain.main(config_of(workplace, *changes))
         (tmp_path / 'kept').rename(tmp_path / 'out/backbone.pt')
         (tmp_path / name).write_bytes(whole)
-    for name in ('pairs.beton', 'pairs.beton.json', 'fg.npz'):  # to make room
-        (tmp_path / name).unlink()
+    (tmp_path / 'disk').mkdir()  # copied to a disk of the node: the content counts
+    for name in ('pairs.beton', 'pairs.beton.json', 'fg.npz'):
+        shutil.move(tmp_path / name, tmp_path / 'disk')
+    there = f'data.beton={tmp_path}/disk/pairs.beton', f'quality.pc={tmp_path}/disk/fg.npz'
+    (tmp_path / 'out/backbone.pt').unlink()
+    pretrain.main(config_of(workplace, *changes, *there))
+    assert (tmp_path / 'out/backbone.pt').is_file()
+    shutil.rmtree(tmp_path / 'disk')  # to make room
     pretrain.main(config_of(workplace, *changes))
 
 
@@ -292,9 +298,12 @@ def test_what_counts_as_collapsed():
 
 def test_compiled_backbone_saves_the_same_names(workplace, tmp_path, monkeypatch):
     compile_ = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, 'compile', lambda self: compile_(self, backend='eager'))  # no C++ compiler
+    seen = []
+    monkeypatch.setattr(torch.nn.Module, 'compile', lambda self: (
+        seen.append(self), compile_(self, backend='eager')))  # which needs no C++ compiler
     for value in ('false', 'true'):
         pretrain.main(config_of(workplace, f'compile={value}', f'output={tmp_path}/{value}'))
+        assert len(seen) == 2 * (value == 'true')          # the backbone and its momentum
     plain, compiled = (load_checkpoint(tmp_path / value / 'checkpoint.pt') for value in ('false', 'true'))
     assert plain['model'].keys() == compiled['model'].keys()
     for key, value in plain['model'].items():

@@ -141,6 +141,7 @@ def test_learns_resumes_exactly_and_shows_what_is_finished(workplace, tmp_path, 
         main(workplace, f'output={tmp_path}/twice', 'lr_head=0.3')
     main(workplace, f'output={tmp_path}/twice', f'subset.root={workplace}/images')
     assert {s: v['loss'] for s, v in lines(tmp_path / 'twice').items()} == {s: v['loss'] for s, v in log.items()}
+    assert (tmp_path / 'twice/log.jsonl').read_text().count('"loss"') == 12  # none again
     assert results(tmp_path / 'twice')['top1'] == found['top1']
     capsys.readouterr()
     main(workplace, f'output={tmp_path}/twice')

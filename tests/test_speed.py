@@ -69,7 +69,7 @@ def test_memory_is_kept():
 
 def test_step_benchmark():
     output = subprocess.run([sys.executable, 'benchmarks/step.py', 'methods=mocov2,swav', 'rounds=1', 'batch=4',
-                             'crops=1', 'size=56'], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+                             'crops=1', 'size=14'], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     result = json.loads(output.splitlines()[-1])
     assert [row['method'] for row in result['rows']] == ['mocov2', 'swav']
     assert all(row['limit'][0] == pytest.approx(row['bare'] / row['ours'], rel=0.02) for row in result['rows'])

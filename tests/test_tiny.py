@@ -370,11 +370,13 @@ def test_training_resumes_where_it_was_killed(tmp_path):
 
     def final(folder, *stops):
         folder.mkdir()
+        started = []
         for steps in (*stops, 400):
             torch.manual_seed(0)
             model = torch.nn.Linear(4, 1)
 
             def loss_of(indices, generator, progress):
+                started.append(progress)
                 x = torch.randn(len(indices), 4, generator=generator)
                 if steps != 400 and torch.load(folder / 'toy.ckpt', weights_only=True)['step'] >= steps \
                         if (folder / 'toy.ckpt').exists() else False:
@@ -385,7 +387,9 @@ def test_training_resumes_where_it_was_killed(tmp_path):
                 train.train('toy', Namespace(work=folder, seed=0, batch_size=None), model, loss_of, 1e-2, 400, 8, 100,
                             torch.device('cpu'), ema_decay=0.9)
             except KeyboardInterrupt:
-                continue
+                assert steps == 200
+                started.clear()
+        assert len(started) == (200 if stops else 400)
         return torch.cat([p.detach().flatten() for p in model.parameters()])
 
     whole, killed = final(tmp_path / 'a'), final(tmp_path / 'b', 200)

@@ -67,7 +67,10 @@ def test_tells_apart_and_resumes_bit_exactly(folder, beton, tmp_path, monkeypatc
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(PairLoader, '_collect', killed)
         train_discriminator.main(again)
-    train_discriminator.main(again)
+    with monkeypatch.context() as patch:
+        patch.setattr(PairLoader, '_collect', lambda loader, *args: (count.append(1), batch(loader, *args))[1])
+        train_discriminator.main(again)
+    assert len(count) == 20 + 48 - 15                    # it went on at step 15
     whole, found = discriminator.state_dict(), load_discriminator(tmp_path / 'again/discriminator.pt').state_dict()
     assert all(torch.equal(whole[name], found[name]) for name in whole)
 

@@ -113,6 +113,7 @@ def test_resumed_run_is_the_undisturbed_one(folder, tmp_path, monkeypatch):
     assert all(torch.equal(whole[name], found[name]) for name in whole)
     logged = [{line['step']: line['loss'] for line in lines(tmp_path / name)} for name in ('run', 'again')]
     assert logged[0] == logged[1]                        # the stop rule looks at these
+    assert len(count) == 6 and len(lines(tmp_path / 'again')) == len(logged[0]) + 1   # one step was made twice, no more
     untrained = load_walker(tmp_path / 'run/untrained.pt').state_dict()
     assert not any(torch.equal(whole[name], untrained[name]) for name in whole)
     pictures = {p.name for p in (tmp_path / 'run').glob('pairs*')}
