@@ -36,8 +36,8 @@ def test_template_is_valid(path):
 
 @pytest.mark.parametrize('stage', ['fg_proportion', 'gen_views'])
 def test_array_task_hands_its_arguments_on(cluster, stage):
-    assert cluster(f'{stage}.sbatch', 'a file.yaml', 'seed=1') == ['python', f'{stage}.py', 'device=cuda', 'a file.yaml',
-                                                                   'seed=1']
+    arguments = cluster(f'{stage}.sbatch', 'a file.yaml', 'seed=1')
+    assert arguments == ['python', f'{stage}.py', 'device=cuda', 'a file.yaml', 'seed=1']
     assert (ROOT / f'{stage}.py').is_file()
 
 
