@@ -434,7 +434,8 @@ def main(config):
         str(test_folder / i['file_name']) for i in test.dataset['images']}
     truth = json.dumps([test.dataset['annotations'], sorted(names.items())]).encode()
     empty, train = len(train.imgs) - len(train_images), None
-    identity = {**config, 'dtype': str(dtype), 'backbone_sha256': digest(backbone, {**info, 'mean': mean, 'std': std}),
+    identity = {**config, 'dtype': str(dtype), 'images': [len(train_images), len(test_images)],
+                'backbone_sha256': digest(backbone, {**info, 'mean': mean, 'std': std}),
                 'data_sha256': [sha256(part).hexdigest() for part in (
                     train_images.content, test_images.content, truth)]}
     saved = earlier(checkpoint, identity, BOOKKEEPING, needs=('model', 'optimizer', 'scaler', 'iteration'))

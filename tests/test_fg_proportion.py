@@ -402,7 +402,8 @@ def test_quality_encoder_writes_the_component_only(stage, clips, images, tmp_pat
     path = write_yaml(tmp_path / 'a.yaml', images, clips['convnext'], tmp_path / 'out', pca_images=1000)
     stage(path, 'proportions=false')
     result = load(tmp_path / 'out')
-    assert result.keys() == {'pc', 'mean', 'threshold', 'sign', 'explained', 'encoder'}
+    assert result.keys() == {'pc', 'mean', 'threshold', 'sign', 'explained', 'encoder', 'images', 'pca_images',
+                             'pca_identity'}
     assert result['pc'].shape == (320,) and np.linalg.norm(result['pc']) == pytest.approx(1, abs=1e-6)
     assert f'1,000 asked for, the dataset has {N}: all are used' in capsys.readouterr().out
 
