@@ -246,7 +246,7 @@ def main(config):
     digest = f'{zlib.crc32(json.dumps(unmoved, sort_keys=True).encode()):08x}'
     log = Log(output, config, main=processes.main, alone=False)  # tasks of an array share it
     log.write(source.note)
-    beton, chunks, mine, todo, images = output / 'pairs.beton', [], [], [], output / 'images.npy'
+    beton, chunks, mine, images = output / 'pairs.beton', [], [], output / 'images.npy'
 
     def claim(made_by):
         """Write down, if no other task has, what these views are made from and by which generator: those of a fallback,
@@ -310,9 +310,6 @@ def main(config):
         sys.exit(stop.exit_code if stop else 0)
     if config['pack'] is False:
         log.write(f'all chunks are there; pack=true writes {beton}')
-        return
-    if chunks and not todo and first and config['pack'] is None and not beton.exists():  # submitted again, to all tasks
-        log.write('all chunks are there; the first task packs them')
         return
     if first == 0 or not beton.exists():  # not all tasks at all images
         compare(np.arange(len(source)))

@@ -232,8 +232,8 @@ def main(config):
     identity = {**config, 'dtype': str(dtype), 'backbone_sha256': fingerprint, 'betons_sha256': contents}
     results_path, checkpoint = folder / 'results.json', folder / 'linear.pt'
     if answered(results_path, identity, BOOKKEEPING, processes, anew=True):
-        if processes.main:
-            checkpoint.unlink(missing_ok=True)  # killed between the two
+        if processes.main and earlier(checkpoint, identity, BOOKKEEPING, anew=True):
+            checkpoint.unlink()  # of the same question: killed between the two
         return
     saved = earlier(checkpoint, identity, BOOKKEEPING, needs=('probes', 'optimizer', 'epoch'))
 

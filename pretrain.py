@@ -27,7 +27,7 @@ import os
 import sys
 import time
 from contextlib import closing, nullcontext
-from itertools import count, islice
+from itertools import count, islice, zip_longest
 
 from config import Fail, check_values, few, run_folder
 from start import run, say
@@ -316,7 +316,7 @@ def open_pairs(config, processes):
                            steps_per_epoch=data['online']['images_per_epoch'] // config['batch_size']
                            * config['accumulate'], **share)
     betons = [data['beton']] if isinstance(data['beton'], str) else data['beton']
-    stamps = [(s.st_size, s.st_mtime_ns, s.st_ino) for s in map(os.stat, filter(os.path.exists, betons))]
+    stamps = [(s.st_size, s.st_mtime_ns, s.st_ino, s.st_dev) for s in map(os.stat, filter(os.path.exists, betons))]
     own = stamps != processes.of_first(stamps)  # a copy on this node's disk: nobody else checks its bytes
     loader = PairLoader(data['beton'], recipes, data['alpha'], data['swap'], num_workers=data['num_workers'],
                         pin_memory=processes.device.type == 'cuda',
@@ -457,17 +457,17 @@ def stop_if_not_finite(losses, parameters, step, last_saved, checkpoint):
 
 
 def contents(config):
-    """Checksums of the files that decide this training beside its config, {key: numbers}; what is gone is left out."""
+    """Checksums of the files that decide this training beside its config, {key: numbers}; None of what is gone."""
     pairs, online, quality = config['data']['beton'], config['data']['online'], config['quality']
     sides = [f'{path}.json' for path in ([pairs] if isinstance(pairs, str) else pairs or [])]
-    found = {'data.beton': [load_json(side).get('crc32') for side in sides if os.path.exists(side)]}
+    files, found = {}, {
+        'data.beton': [load_json(side).get('crc32') if os.path.exists(side) else None for side in sides]}
     if online['images_per_epoch']:
-        walkers = [move['walker'] for move in online['chunks'].values()]
-        found['data.online'] = [*checksums(online['model'], online['discriminator'], *walkers).values()]
+        files['data.online'] = [online['model'], online['discriminator'],
+                                *(move['walker'] for move in online['chunks'].values())]
     if quality['enabled']:
-        found |= {'quality.pc': [*checksums(quality['pc']).values()],
-                  'quality.clip': [*checksums(*clip_files(quality['clip'])).values()]}
-    return {key: part for key, part in found.items() if part}
+        files |= {'quality.pc': [quality['pc']], 'quality.clip': clip_files(quality['clip'])}
+    return found | {key: [checksums(path).get(path) for path in paths] for key, paths in files.items()}
 
 
 def save(checkpoint, model, optimizer, scaler, step, steps_per_epoch, config, made_of, processes):
@@ -558,10 +558,12 @@ def main(config):
     checkpoint, finished = folder / 'checkpoint.pt', folder / 'backbone.pt'
     made_of = contents(config)
     processes.agree(made_of, 'data, quality')
-    moved = {'data.beton', 'quality.pc'} & made_of.keys()  # what lies there is compared: it may lie elsewhere now
+    # what lies there is compared: it may lie elsewhere now
+    moved = [key for key in ('data.beton', 'quality.pc') if made_of.get(key) and None not in made_of[key]]
     saved = earlier(checkpoint, config, (*BOOKKEEPING, *moved, *{*BLOCKS.values()} - {BLOCKS[config['method']]}),
                     needs=('model', 'optimizer', 'scaler', 'epoch', 'step', 'random', 'contents'))
-    other = [key for key, found in made_of.items() if saved and saved['contents'].get(key, found) != found]
+    other = [key for key, found in made_of.items() if saved and any(
+        new not in (None, old) for old, new in zip_longest(saved['contents'].get(key, found), found))]
     if other:
         raise Fail(f"{checkpoint} was made with another content of {', '.join(other)}; set another output=")
     if saved and saved['epoch'] == epochs and finished.is_file():

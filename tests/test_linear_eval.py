@@ -224,6 +224,11 @@ def test_an_unfinished_probe_is_not_replaced(workplace, tmp_path, monkeypatch):
     with pytest.raises(Fail, match=r'linear.pt was made with another config: knn.k .was 5, now 3.*set another output'):
         linear_eval.main(config_of(workplace, *changes, 'knn.k=3'))
     assert (tmp_path / 'linear.pt').read_bytes() == unfinished
+    kept = (tmp_path / 'linear.pt').rename(tmp_path / 'kept')
+    linear_eval.main(config_of(workplace, *changes, 'knn.k=3'))
+    kept.rename(tmp_path / 'linear.pt')
+    linear_eval.main(config_of(workplace, *changes, 'knn.k=3'))  # to see that answer again touches nothing
+    assert (tmp_path / 'linear.pt').read_bytes() == unfinished
     linear_eval.main(config_of(workplace, *changes))
     assert not (tmp_path / 'linear.pt').exists()
 

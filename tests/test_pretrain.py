@@ -251,6 +251,7 @@ def test_what_a_run_was_made_from_is_compared_when_it_goes_on_and_when_it_is_fin
     pretrain.main(config_of(workplace, *changes, *there))
     assert (tmp_path / 'out/backbone.pt').is_file()
     shutil.rmtree(tmp_path / 'disk')  # to make room
+    shutil.rmtree(tmp_path / 'clip')
     pretrain.main(config_of(workplace, *changes))
 
 
