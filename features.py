@@ -13,6 +13,7 @@ from tqdm import tqdm
 from config import Fail, few
 from data import PairLoader, check_size
 from models import gather, normalize
+from sources import parts
 
 
 class Encoder:
@@ -53,10 +54,11 @@ def class_map(train, test):
     pair = f'{test.paths[0]} (test) and {train.paths[0]} (train)'
     described = [loader.sidecar['settings'] for loader in (train, test)]
     ours, theirs = ([described[k].get('dataset', {}).get(key) for key in ('name', 'root', 'split')] for k in (0, 1))
-    place = lambda described: [*described[::2], described[1] and os.path.realpath(described[1])]
-    if train.sidecar['crc32'] == test.sidecar['crc32'] or place(ours) == place(theirs) and ours[0]:
-        raise Fail(f'{pair} hold the same images, and what is measured on those says nothing about new ones: test on '
-                   'another split')
+    place = lambda described: [described[0], described[1] and os.path.realpath(described[1])]
+    if train.sidecar['crc32'] == test.sidecar['crc32'] or ours[0] and place(ours) == place(theirs) and (
+            parts(ours[0], ours[2]) & parts(theirs[0], theirs[2])):
+        raise Fail(f'{pair} hold the same images, or some of them, and what is measured on those says nothing about '
+                   'new ones: test on another split')
     names, test_names = (d.get('classes') or [] for d in described)
     occurring = np.unique(test.metadata['f2'])
     if not names or len(test_names) <= occurring[-1]:

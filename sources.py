@@ -31,8 +31,10 @@ CIFAR_TRAIN_MEAN = {'CIFAR10': (0.4914, 0.4822, 0.4465), 'CIFAR100': (0.5071, 0.
 # Kornblith et al. 2019, and one name for test and val where there is only one.
 SPLITS = {'DTD': {'train': ('train', 'val')}, 'Flowers102': {'train': ('train', 'val')},
           'OxfordIIITPet': {'train': ('trainval',), 'val': ('test',)}, 'FGVCAircraft': {'train': ('trainval',)},
-          'ImageNet': {'test': ('val',)}, 'Imagenette': {'test': ('val',)}, 'Country211': {'val': ('valid',)},
-          **{name: {'val': ('test',)} for name in ('Food101', 'StanfordCars', 'STL10', 'SVHN', 'GTSRB')}}
+          'Country211': {'val': ('valid',)},
+          **dict.fromkeys(('ImageNet', 'Imagenette', 'tiny-imagenet'), {'test': ('val',)}),
+          **dict.fromkeys(('Food101', 'StanfordCars', 'STL10', 'SVHN', 'GTSRB', 'CIFAR10', 'CIFAR100', 'SUN397',
+                           'Caltech101'), {'val': ('test',)})}
 HOMES = {  # what to download, and what must then be in root
     'CIFAR10': ('https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz', 'cifar-10-batches-py'),
     'CIFAR100': ('https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz', 'cifar-100-python'),
@@ -52,8 +54,8 @@ HOMES = {  # what to download, and what must then be in root
     'ImageNet': ('devkit and images of https://image-net.org/download (with class folders in train/ and val/ use name: '
                  'folder)', 'ILSVRC2012_devkit_t12.tar.gz')}
 EXTENSIONS = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff', '.gif', '.ppm', '.pgm')
-SYSTEM = ('__MACOSX', '__pycache__', '@eaDir', '$RECYCLE.BIN', 'System Volume Information', 'lost+found', 'Thumbs.db',
-          'desktop.ini')                                # left by systems; like hidden ones no part of a data set
+SYSTEM = ('__MACOSX', '__pycache__', '@eaDir', '@Recycle', '@tmp', '#recycle', '#snapshot', '$RECYCLE.BIN',
+          'System Volume Information', 'lost+found', 'Thumbs.db', 'desktop.ini')     # like hidden ones, of no data set
 SPLIT_FOLDERS = {'train': ('train', 'training'), 'val': ('val', 'valid', 'validation'), 'test': ('test', 'testing')}
 
 
@@ -103,6 +105,12 @@ class Source:
         with ThreadPoolExecutor(8) as pool:              # a network file system answers several at a time
             found = pool.map(lambda part: [self.identity(i) for i in part.tolist()], parts)
             return np.fromiter(chain.from_iterable(found), np.uint32, len(indices))
+
+
+def parts(name, split):
+    """What the split of a set is made of, as a set: where two splits have a part in common they share images."""
+    found = SPLITS.get(str(name), {}).get(str(split), (str(split),))
+    return {'train', 'val'} if found == ('trainval',) else set(found)
 
 
 def same_images(source, indices, known, what, remedy):
@@ -201,7 +209,6 @@ def shrink(image, side):
     return image
 
 
-
 def _cifar(name, root, split, download):
     """uint8 images (N, 32, 32, 3), labels (N,), class names; kept as root/<name>.npz in torchvision's order."""
     cache = root / f'{name.lower()}.npz'
@@ -284,14 +291,20 @@ def is_folder(entry):
     return entry.is_dir(follow_symlinks=False) or entry.is_symlink() and os.path.isdir(entry.path)
 
 
-def walk(folder, prefix='', above=()):
-    """Names of all files below a folder, relative to it; links are followed, but not in circles."""
+def inode(folder):
     stat = os.stat(folder)
-    above = {*above, (stat.st_dev, stat.st_ino)}
+    return stat.st_dev, stat.st_ino
+
+
+def walk(folder, prefix='', above=()):
+    """Names of all files below a folder, relative to it; links are followed, but not in circles: not to what the folder
+    lies in, nor to `above`."""
+    place = Path(folder).resolve()
+    above = {*above, *map(inode, (place, *place.parents))}
     for entry in visible(folder):
         if not is_folder(entry):
             yield prefix + entry.name
-        elif (lambda s: (s.st_dev, s.st_ino))(os.stat(entry.path)) not in above:
+        elif inode(entry.path) not in above:
             yield from walk(entry.path, f'{prefix}{entry.name}/', above)
 
 
@@ -324,11 +337,14 @@ def _split_folder(root, folders, split):
 
 def _folder(root, split, download):
     folders = lambda: [entry.name for entry in visible(root) if is_folder(entry)]
+    direct = lambda: [entry.name for entry in visible(root) if not is_folder(entry)]
+    top, beside = root, direct()
     root, others = _split_folder(root, folders(), split)
+    direct, beside = direct(), beside if root != top else []
     files, labels, classes, empty, deep, mixed, left = [], [], [], [], [], [], Counter()
-    direct = [entry.name for entry in visible(root) if not is_folder(entry)]
+    above = [inode(place) for place in (root, *root.resolve().parents)]
     for name in folders():
-        inside = sorted(f'{name}/{file}' for file in walk(root / name))
+        inside = sorted(f'{name}/{file}' for file in walk(root / name, above=above))
         images = [file for file in inside if is_image(file)]
         left.update(os.path.splitext(file)[1].lower() for file in inside if not is_image(file))
         labels += [len(classes)] * len(images)
@@ -343,7 +359,8 @@ def _folder(root, split, download):
     if mixed and len(classes) == 1:
         raise Fail(f'dataset: {root}: the only class would be {mixed[0]}, which holds splits: set dataset.root='
                    f'{root / classes[0]}')
-    left.update(os.path.splitext(file)[1].lower() for file in direct if not is_image(file))
+    left.update(os.path.splitext(file)[1].lower() for file in direct + beside if not is_image(file))
+    others += [file for file in beside if is_image(file)]
     direct = [file for file in direct if is_image(file)]
     skipped = ', '.join(f'{n} {kind or "without extension"}' for kind, n in sorted(left.items()))
     if not files and not direct:
@@ -406,7 +423,8 @@ def _caltech101(root, split, download):
     if not home.is_dir():                                # torchvision would leave an empty folder behind
         raise Fail(f'Caltech101 is not in {root} and `download` is false')
     from augment import permutation_keys                 # numba takes a second to import, and no other set needs it
-    classes = [entry.name for entry in visible(home) if is_folder(entry) and entry.name != 'BACKGROUND_Google']
+    classes = [entry.name for entry in visible(home) if is_folder(entry) and entry.name != 'BACKGROUND_Google'
+               and any(file.name.endswith('.jpg') for file in visible(entry.path))]  # the draw hangs on their numbers
     files, labels = [], []
     for k, name in enumerate(classes):
         images = [entry.name for entry in visible(home / name) if entry.name.endswith('.jpg')]
@@ -430,7 +448,7 @@ def _torchvision(name, root, split, download):
     if split != 'train' and not {'train', 'split'} & set(accepted):
         raise Fail(f'dataset: {name} has no official split, so no {split!r}: read all of it with split: train, or sort '
                    'its images into folders train/CLASS and test/CLASS and use name: folder')
-    parts, labels, paths = [], [], []
+    sets, labels, paths = [], [], []
     for part in SPLITS.get(name, {}).get(split, (split,)):
         options = {'train': part == 'train', 'split': part, 'download': download}
         found = kind(root, **{k: v for k, v in options.items() if k in accepted})
@@ -440,11 +458,15 @@ def _torchvision(name, root, split, download):
         named = samples and isinstance(samples[0][0], (str, os.PathLike))        # FER2013's hold pixels
         if known is None:                                # else nothing but the samples knows them
             known = [s[1] for s in samples] or [found[i][1] for i in range(len(found))]
-        parts, labels = parts + [found], labels + list(known)
+        sets, labels = sets + [found], labels + list(known)
         paths += [os.path.relpath(p, root) for p in (files or [s[0] for s in samples if named])]
-    ends = np.cumsum([len(found) for found in parts])
+    ends = np.cumsum([len(found) for found in sets])
 
     def read(k):
         part = int(np.searchsorted(ends, k, 'right'))
-        return parts[part][k - (ends[part] - len(parts[part]))][0]
-    return read, labels, getattr(parts[0], 'classes', []), paths
+        return sets[part][k - (ends[part] - len(sets[part]))][0]
+    classes = getattr(sets[0], 'classes', [])
+    odd = [c for c in classes if isinstance(c, str) and (c.startswith('.') or c in SYSTEM)]
+    if odd:                                              # torchvision takes every folder for a class
+        raise Fail(f'dataset: {name} in {root}: {few(odd)} would be a class: delete that folder')
+    return read, labels, classes, paths

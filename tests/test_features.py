@@ -128,6 +128,12 @@ def test_labels_of_two_betons_are_joined_by_name(tmp_path):
     for same in (train, classified(tmp_path / 'other', [0, 1], ['a', 'b'])):    # equal bytes; the same split
         with pytest.raises(Fail, match='hold the same images'):
             class_map(train, same)
+    for name, split in (('DTD', 'val'), ('FGVCAircraft', 'val'), ('CIFAR10', 'train')):  # train has val's images too
+        sets = [classified(tmp_path / f'{name}{k}', [0, 1], ['a', 'b'], name, split=s, shift=k)
+                for k, s in enumerate(('train', split, 'test'))]
+        assert class_map(sets[0], sets[2]).tolist() == [0, 1]
+        with pytest.raises(Fail, match='or some of them'):
+            class_map(*sets[:2])
 
 
 def test_monitor_maps_labels_by_name(tmp_path):

@@ -45,9 +45,10 @@ def test_image_folder(folder):
 
 def test_hidden_system_and_empty_folders_are_no_classes(folder):
     plain = source_dataset({'name': 'folder', 'root': folder})
-    for name in ('.ipynb_checkpoints', '__MACOSX', 'empty', 'cat/.ipynb_checkpoints'):
+    for name in ('.ipynb_checkpoints', '__MACOSX', '#recycle', 'empty', 'cat/.ipynb_checkpoints'):
         (folder / 'train' / name).mkdir()
-    for name in ('.ipynb_checkpoints/a.png', '__MACOSX/a.png', 'cat/.ipynb_checkpoints/0.png', 'cat/._0.png'):
+    for name in ('.ipynb_checkpoints/a.png', '__MACOSX/a.png', '#recycle/a.png', 'cat/.ipynb_checkpoints/0.png',
+                 'cat/._0.png'):
         Image.fromarray(picture(0)).save(folder / 'train' / name)
     source = source_dataset({'name': 'folder', 'root': folder})
     assert source.classes == ['cat', 'dog'] and source.paths == plain.paths
@@ -102,6 +103,10 @@ def test_what_is_not_used_is_said(folder):
     source = source_dataset({'name': 'folder', 'root': root})
     assert len(source) == 9 and '1 images directly in it are not used, only those of its folders' in source.note
     assert source.note.endswith('by extension: 1 without extension, 1 .csv, 2 .heic, 1 .txt')
+    Image.fromarray(picture(0)).save(folder / 'beside.png')
+    (folder / 'beside.tgz').write_bytes(b'')
+    source = source_dataset({'name': 'folder', 'root': folder})
+    assert len(source) == 9 and 'not used beside the splits: beside.png;' in source.note and '1 .tgz' in source.note
     (folder / 'other').mkdir()
     (folder / 'other/a.heic').write_bytes(b'')
     with pytest.raises(Fail, match='no images .* there are other files: 1 .heic'):
@@ -113,7 +118,12 @@ def test_links_are_followed_but_not_in_circles(folder):
     (root / 'cat/linked').symlink_to(folder / 'val/cat')
     (folder / 'val/cat/back').symlink_to(root / 'cat')
     (root / 'cat/self').symlink_to(root / 'cat/self')   # leads nowhere
-    (root / 'bird').symlink_to(folder / 'val/dog')
+    (folder.parent / f'{folder.name}_pool').mkdir()
+    (folder / 'val/dog').rename(dog := folder.parent / f'{folder.name}_pool/dog')
+    (root / 'bird').symlink_to(dog)
+    for home in (root / 'cat', dog):                     # to where the other classes lie, and the other split
+        for name, place in (('up', home.parent), ('train', root), ('top', folder)):
+            (home / name).symlink_to(place)
     source = source_dataset({'name': 'folder', 'root': root})
     assert source.classes == ['bird', 'cat', 'dog'] and np.bincount(source.labels).tolist() == [4, 10, 4]
     assert [source.path(i) for i in (4, 9, 13)] == ['cat/0.png', 'cat/linked/0.png', 'cat/linked/4.png']
@@ -174,6 +184,14 @@ def test_a_set_without_split_has_no_test_images(tmp_path):
     for split in ('test', 'val'):
         with pytest.raises(Fail, match=f"EuroSAT has no official split, so no '{split}': .*name: folder"):
             source_dataset({'name': 'EuroSAT', 'root': tmp_path, 'split': split})
+
+
+def test_a_folder_that_torchvision_would_take_for_a_class_is_one_line(tmp_path):
+    put(tmp_path / 'eurosat/2750', 'Forest/a.jpg', 'River/b.jpg')
+    assert source_dataset({'name': 'EuroSAT', 'root': tmp_path}).classes == ['Forest', 'River']
+    put(tmp_path / 'eurosat/2750', '.ipynb_checkpoints/a.jpg')
+    with pytest.raises(Fail, match='EuroSAT in .*: .ipynb_checkpoints would be a class: delete that folder'):
+        source_dataset({'name': 'EuroSAT', 'root': tmp_path})
 
 
 def test_flat_folder(folder):
@@ -421,6 +439,7 @@ def test_caltech101_has_30_images_of_each_class_always_the_same(tmp_path):
     test, test_labels = read(tmp_path, 'Caltech101', 'test')
     assert labels == [0] * 30 + [1] * 30 and test_labels == [0] * 4 + [1]
     assert not set(train) & set(test) and len(set(train) | set(test)) == 65
+    (home / 'aaa').mkdir()                               # empty: no class, and it must not change what is drawn
     assert train == read(tmp_path, 'Caltech101', 'train')[0]
     assert train[:30] != sorted(train + test)[:30]                      # drawn, not the first ones
     assert test == ['Faces/image_0001.jpg', 'Faces/image_0009.jpg', 'Faces/image_0023.jpg', 'Faces/image_0026.jpg',
