@@ -101,11 +101,11 @@ from tqdm import tqdm
 
 from augment import parameters, recipe_row
 from checkpoints import NORMALIZATIONS, normalization
-from common import Log, Processes, StopSignal, earlier, seed_everything
+from common import Log, Processes, StopSignal, earlier
 from files import save_checkpoint, save_json, weights_checksum
 from latents import LatentGenerator, Steering, Walker, chunk_range, load_walker, save_walker, uniform
 from loss import nt_xent
-from models import build_backbone, global_mean, synchronize_batch_norm
+from models import average, build_backbone, global_mean, synchronize_batch_norm
 from online import augment
 from pictures import grid, histograms
 
@@ -132,14 +132,16 @@ class Estimator(nn.Module):
 def edited(images, sliders):
     """The target of steering: images (B, 3, S, S) in -1..1 and sliders (B, 8) of Steering -> edited images and a mask
     (B, 1, S, S), 0 where they show nothing. Colours are added; then one homography rotates in space (60 degrees at 1,
-    seen from a distance of the diagonal), in the plane (30 degrees), zooms (exp) and shifts (100 of 256 pixels)."""
+    seen from a distance of the diagonal), in the plane (30 degrees), shrinks (exp; below 0 it enlarges) and shifts (100
+    of 256 pixels). What a rotation leaves empty GenRep's code has learned as grey; here the mask leaves it out too."""
     rotation_3d, rotation, zoom, *shifts = sliders[:, :5].unbind(1)
     matrix = lambda *rows: torch.stack([torch.stack([torch.as_tensor(v, device=images.device).expand(len(images))
                                                      for v in row], 1) for row in rows], 1)
     turn, tilt, far = rotation * torch.pi / 6, rotation_3d * torch.pi / 3, 8 ** 0.5
     # x and y are -1..1 in the image; GenRep shifts a tilted one by a fifth of a pixel (of 256) per degree
     space = matrix([far * tilt.cos(), 0., -far * 12 * rotation_3d / 128], [0., far, 0.], [tilt.sin(), 0., far])
-    flat = zoom.exp()[:, None, None] * matrix([turn.cos(), turn.sin(), 0.], [-turn.sin(), turn.cos(), 0.], [0., 0., 0.])
+    flat = matrix([turn.cos(), turn.sin(), 0.], [-turn.sin(), turn.cos(), 0.], [0., 0., 0.])
+    flat = flat * (-zoom).exp()[:, None, None]
     flat = flat + matrix([0., 0., shifts[0] / 1.28], [0., 0., shifts[1] / 1.28], [0., 0., 1.])
     at = F.affine_grid(torch.eye(2, 3, device=images.device)[None], (1, 1, *images.shape[2:]), align_corners=False)
     seen = F.pad(at, (0, 1), value=1.).expand(len(images), -1, -1, -1) @ torch.linalg.inv(flat @ space)[:, None].mT
@@ -211,10 +213,7 @@ class Game:
         self.walks.zero_grad()
         self.estimates.zero_grad()
         loss.backward()
-        for group in optimizer.param_groups if dist.is_initialized() else ():
-            for parameter in group['params']:
-                dist.all_reduce(parameter.grad)
-                parameter.grad /= self.processes.world
+        average(parameter.grad for group in optimizer.param_groups for parameter in group['params'])
         optimizer.step()
 
     @torch.no_grad()
@@ -274,8 +273,8 @@ def main(config):
     folder, last = run_folder(config['output']), config['samples'] // batch
     checkpoint, result = folder / 'checkpoint.pt', folder / 'walker.pt'
     saved = earlier(checkpoint, config, BOOKKEEPING, needs=('walker', 'estimator', 'walks', 'estimates', 'step',
-                                                            'done', 'weights', 'losses'))
-    seed_everything(config['seed'])
+                                                            'done', 'weights', 'losses', 'lowest'))
+    torch.manual_seed(config['seed'])
     game = Game(config, processes)
     step, lowest = (saved['step'], saved['lowest']) if saved else (0, None)
     done = bool(saved) and (saved['done'] or step >= last)

@@ -208,8 +208,8 @@ def test_edits_do_what_they_say():
 
     where, image, mask = edit()
     assert where == pytest.approx([10, 0], abs=0.2) and mask.mean() > 0.9 and (image - spot).abs().max() < 1e-4
-    assert edit(zoom=np.log(2))[0] == pytest.approx([20, 0], abs=0.3)
-    small, _, mask = edit(zoom=np.log(0.5))
+    assert edit(zoom=np.log(0.5))[0] == pytest.approx([20, 0], abs=0.3)     # GenRep: below 1 a crop is enlarged
+    small, _, mask = edit(zoom=np.log(2))
     assert small == pytest.approx([5, 0], abs=0.2) and 0.2 < mask.mean() < 0.26
     turned = edit(rotation=1)[0]                         # 30 degrees against the clock: up, where y is less
     assert turned == pytest.approx([8.66, -5], abs=0.2)
