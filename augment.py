@@ -17,6 +17,7 @@ import os
 import tempfile
 from contextlib import suppress
 from functools import reduce
+from itertools import permutations
 
 import numba
 import numpy as np
@@ -60,8 +61,7 @@ FILL = np.array([124, 116, 104], np.uint8)               # ImageNet's mean, wher
 FILE, KEY, HAS_VIEW = 10, 11, 12                         # FILE: which beton; KEY: what the random numbers hang on
 # what reads and decodes: addresses of C functions, libjpeg-turbo's handle of this thread and its flags, then files
 PREAD, DECOMPRESS, HANDLE, FLAGS, FILES = range(5)
-ORDERS = np.array([(a, b, c, 6 - a - b - c) for a in range(4) for b in range(4) for c in range(4)
-                   if len({a, b, c, 6 - a - b - c}) == 4])
+ORDERS = np.array(list(permutations(range(4))))
 
 
 @intrinsic
@@ -130,7 +130,7 @@ def _uniform(key, n):                                    # the n-th number of a 
 
 @njit(**JIT)
 def uniforms(seed, keys, stream, count):
-    """(len(keys), count) numbers in the open interval (0, 1): a row from (seed, key, stream) alone."""
+    """(len(keys), count) numbers between 0 and 1, never 0: a row from (seed, key, stream) alone."""
     found = np.empty((len(keys), count), np.float64)
     for i in range(len(keys)):
         key = _key(seed, 0, keys[i], (1 << 35) + stream)

@@ -18,7 +18,8 @@ import torch
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from config import Fail
+from config import Fail, flat
+from start import open_streams, say
 from files import load_checkpoint, save_checkpoint, save_json
 from models import BLOCKS, VITS, build_backbone, describe
 
@@ -100,15 +101,6 @@ def _names(keys):
     return ', '.join(keys[:8]) + (f', ... ({len(keys)})' if len(keys) > 8 else '')
 
 
-def _tensors(value, name=''):
-    """Nested dicts -> {'dotted.name': tensor}."""
-    if torch.is_tensor(value):
-        return {name: value}
-    inner = value.items() if isinstance(value, dict) else ()
-    parts = [_tensors(v, f'{name}.{k}' if name else str(k)) for k, v in inner]
-    return {key: tensor for part in parts for key, tensor in part.items()}
-
-
 def _find(tensors, layouts, prefix, path):
     """The network that is meant: its prefix and the name of its first convolution, a key of layouts."""
     found = {}
@@ -118,8 +110,9 @@ def _find(tensors, layouts, prefix, path):
             first = max(fits, key=len)
             found[key[:-len(first)]] = first
     if prefix is not None:
-        asked = f".{prefix.rstrip('.')}." if prefix else '.'
-        fits = {p: first for p, first in found.items() if f'.{p}'.endswith(asked)}
+        asked = f"{prefix.rstrip('.')}." if prefix else ''
+        fits = {p: first for p, first in found.items() if p == asked} or {
+            p: first for p, first in found.items() if f'.{p}'.endswith(f'.{asked}')}
         if len(fits) != 1:
             raise Fail(f"{path}: backbone.prefix '{prefix}' fits {len(fits)} of the networks in it: "
                        f'{_names(map(repr, found))}')
@@ -216,8 +209,7 @@ def _known(content, path):
         return content
     config = content.get('config')
     if isinstance(config, dict) and {'backbone', 'normalization', 'method'} <= config.keys():
-        name = config['normalization'] or 'clip'
-        mean, std = NORMALIZATIONS[name] if isinstance(name, str) else name
+        mean, std = normalization(config['normalization'], NORMALIZATIONS['clip'])
         return {**describe(config['backbone'])[0], 'mean': mean, 'std': std, 'image_size': config['image_size']}
     with suppress(OSError, ValueError, TypeError):
         card = json.loads(Path(path).with_suffix('.json').read_text(encoding='utf-8'))
@@ -267,7 +259,7 @@ def load_backbone(path, arch=None, heads=None, prefix=None):
         module, text = _build(info)
         layouts = {**LAYOUTS, **{k: () for k, v in module.state_dict().items() if v.dim() == 4 and v.shape[1] == 3}}
 
-    tensors = _tensors(content)
+    tensors = {name: value for name, value in flat(content).items() if torch.is_tensor(value)}
     found, first = _find(tensors, layouts, prefix, path)
     origin = _origin(content, tensors, found, first)
     state = {k[len(found):]: v for k, v in tensors.items() if k.startswith(found)}
@@ -360,7 +352,7 @@ def export(path, folder, **hints):
         names = {name: detectron2_name(name) for name in state if not name.endswith('num_batches_tracked')}
         save_checkpoint(folder / 'detectron2.pth', {
             'model': {new: state[old] for old, new in names.items()}, '__author__': '', 'matching_heuristics': True})
-        mean, std = info['mean'] or (0.485, 0.456, 0.406), info['std'] or (0.229, 0.224, 0.225)
+        mean, std = normalization(None, (info['mean'], info['std']))
         settings = {'MODEL.PIXEL_MEAN': [255 * v for v in mean], 'MODEL.PIXEL_STD': [255 * v for v in std],
                     'MODEL.RESNETS.DEPTH': int(info['arch'].removeprefix('resnet')),
                     'MODEL.RESNETS.STEM_OUT_CHANNELS': info['width'], 'MODEL.RESNETS.WIDTH_PER_GROUP': info['width'],
@@ -374,8 +366,9 @@ if __name__ == '__main__':
     if len(sys.argv) < 3 or not all(re.match('(arch|heads|prefix)=', word) for word in sys.argv[3:]):
         sys.exit('usage: python checkpoints.py CHECKPOINT FOLDER [arch=...] [heads=...] [prefix=...]')
     words = dict(word.split('=', 1) for word in sys.argv[3:])
+    open_streams()
     try:
-        print(export(*sys.argv[1:3], **{k: int(v) if k == 'heads' and v.isdigit() else v for k, v in words.items()}))
+        say(export(*sys.argv[1:3], **{k: int(v) if k == 'heads' and v.isdigit() else v for k, v in words.items()}))
     except Fail as error:
-        print(f'checkpoints.py: {error}', file=sys.stderr)
+        say(f'checkpoints.py: {error}', sys.stderr)
         sys.exit(2)

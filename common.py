@@ -4,7 +4,6 @@ import fcntl
 import functools
 import json
 import os
-import random
 import re
 import signal
 import subprocess
@@ -15,7 +14,6 @@ from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import yaml
@@ -159,9 +157,11 @@ class StopSignal:
     def __bool__(self):
         return self.name is not None
 
-    def leave(self, log, where):
-        """Say where the stage was left, and end the process."""
+    def leave(self, log, where, requeue=False):
+        """Say where the stage was left, and end the process. requeue: ask Slurm for another turn before."""
         log.write(f'{self.name or "stop signal"}: {where}')  # of several processes another one may have got it
+        if requeue and log.main:
+            log.write(self.requeue())
         log.close()
         sys.exit(self.exit_code)
 
@@ -217,25 +217,16 @@ def random_states():
     return state
 
 
-def set_random_states(state):
-    torch.set_rng_state(state['torch'])
-    if 'cuda' in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state['cuda'])
-
-
 def restore(saved, model, optimizer, scaler, processes):
     """Put a saved state in place; returns the step that it was saved at. random: of each process, or of the first."""
     for name, part in (('model', model), ('optimizer', optimizer), ('scaler', scaler)):
         part.load_state_dict(saved[name])
     states = saved['random'] if isinstance(saved['random'], list) else [saved['random']]
-    set_random_states(states[processes.rank if len(states) == processes.world else 0])
+    state = states[processes.rank if len(states) == processes.world else 0]
+    torch.set_rng_state(state['torch'])
+    if 'cuda' in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state['cuda'])
     return saved['step']
-
-
-def seed_everything(seed):
-    random.seed(seed)
-    np.random.seed(seed % 2 ** 32)
-    torch.manual_seed(seed)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -243,21 +234,14 @@ def seed_everything(seed):
 
 @functools.cache
 def versions():
-    names = 'torch torchvision ffcv diffusers open_clip_torch timm numpy numba'.split()
-    found = {n: metadata.version(n) for n in names if _installed(n)}
-    git = None
+    found, git = {}, None
+    for name in 'torch torchvision ffcv diffusers open_clip_torch timm numpy numba'.split():
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
     with suppress(OSError):  # a machine without git
         git = subprocess.run(['git', '-C', str(Path(__file__).parent), 'rev-parse', '--short', 'HEAD'],
                              capture_output=True, text=True).stdout.strip() or None
     return {'python': sys.version.split()[0], **found, 'git': git}
-
-
-def _installed(name):
-    try:
-        metadata.version(name)
-        return True
-    except metadata.PackageNotFoundError:
-        return False
 
 
 class Log:

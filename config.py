@@ -280,10 +280,9 @@ def run_folder(output):
 
 def changed_keys(old, new, ignore=(), prefix=''):
     """Dotted names of the keys in which two configs differ, with both values; `ignore` may differ."""
-    names = [f'{prefix}{k}' for k in {**old, **new}]
     found = []
-    for name, key in zip(names, {**old, **new}):
-        b = new.get(key)
+    for key in {**old, **new}:
+        name, b = f'{prefix}{key}', new.get(key)
         a = old.get(key, {} if isinstance(b, dict) else None)  # an earlier version lacks the block: null
         if name in ignore or a == b:
             continue

@@ -56,6 +56,7 @@ torch.set_num_threads(torch_threads)  # loading libffcv and what it links leaves
 FIELDS = {'image': RGBImageField, 'view': RGBImageField, 'label': IntField, 'index': IntField, 'noise_level': IntField}
 JPG, RAW = 0, 1                                          # FFCV's numbers for the two ways to store an image
 BLOCK = 1 << 24                                          # bytes per checksum
+PACK = 'delete the beton, and gen_views.py packs it again'
 FAST_DCT, EXACT_DCT = 2048, 4096                         # turbojpeg.h: TJFLAG_FASTDCT, TJFLAG_ACCURATEDCT
 lib.tjInitDecompress.restype, lib.tjDestroy.argtypes = c_void_p, (c_void_p,)
 
@@ -185,7 +186,6 @@ def write_beton(path, samples, n, settings, mode='raw', quality=95, num_workers=
         raise
 
 
-
 def _crc32(path, blocks):
     with open(path, 'rb') as file, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return list(pool.map(lambda k: zlib.crc32(os.pread(file.fileno(), BLOCK, k * BLOCK)), blocks))
@@ -201,9 +201,9 @@ def open_beton(path, verify=True):
         stat = path.stat()
         head = np.fromfile(path, HeaderType, 1)
         if not len(head) or head[0]['version'] != CURRENT_VERSION or not 0 < head[0]['num_fields'] < 100:
-            raise Fail(f'{path}: empty or not an FFCV beton: write it again')
+            raise Fail(f'{path}: empty or not an FFCV beton: {PACK}')
         if not side.exists():
-            raise Fail(f'{path}: its sidecar {side.name} is missing: copy it too, or write the beton again')
+            raise Fail(f'{path}: its sidecar {side.name} is missing: copy it too, or {PACK}')
         try:
             text = side.read_text('utf-8')
             sidecar = json.loads(text)
@@ -212,15 +212,15 @@ def open_beton(path, verify=True):
             if len(crc) != -(-size // BLOCK) or samples < 1:
                 raise ValueError('checksums are missing')
         except (ValueError, KeyError, TypeError) as e:
-            raise Fail(f'{side}: not the sidecar of a beton ({e!r}): write the beton again') from e
+            raise Fail(f'{side}: not the sidecar of a beton ({e!r}): copy it again, or {PACK}') from e
         if stat.st_size != size:
             raise Fail(f'{path}: {stat.st_size:,} bytes, its sidecar says {size:,}: truncated, half copied '
-                       'or not the file the sidecar belongs to: copy or write both again')
+                       f'or not the file the sidecar belongs to: copy both again, or {PACK}')
         described = np.fromfile(path, FieldDescType, int(head[0]['num_fields']), offset=HeaderType.itemsize)
         names = [d['name'].tobytes().rstrip(b'\0').decode('ascii', 'replace') for d in described]
         views = len(names) - len(FIELDS) + 1
         if not names == fields == list(beton_fields(views)[0]):
-            raise Fail(f'{path}: its fields are {", ".join(names)}, not {", ".join(FIELDS)}: write it again')
+            raise Fail(f'{path}: its fields are {", ".join(names)}, not {", ".join(FIELDS)}: {PACK}')
         key = f'{size} {stat.st_mtime_ns} {stat.st_ino} {zlib.crc32(text.encode())}\n'
         blocks = range(len(crc))
         if not verify or memo.exists() and memo.read_text(errors='replace') == key:
@@ -230,9 +230,9 @@ def open_beton(path, verify=True):
         wrong = [k for k, found in zip(blocks, _crc32(path, blocks)) if found != crc[k]]
         if wrong:
             raise Fail(f'{path}: bytes {wrong[0] * BLOCK:,} to {min(size, (wrong[0] + 1) * BLOCK):,} are damaged '
-                       f'(checksum; {len(wrong)} of {len(crc)} blocks): copy or write it again')
+                       f'(checksum; {len(wrong)} of {len(crc)} blocks): copy it again, or {PACK}')
         if head[0]['num_samples'] != samples:
-            raise Fail(f'{path}: {head[0]["num_samples"]} samples, its sidecar says {samples}: write it again')
+            raise Fail(f'{path}: {head[0]["num_samples"]} samples, its sidecar says {samples}: {PACK}')
     except FileNotFoundError:
         half = ' (only a half-written .partial does)' if Path(f'{path}.partial').exists() else ''
         raise Fail(f'{path}: does not exist{half}: write it first') from None
@@ -428,7 +428,7 @@ class PairLoader:
         own = self.of_thread()
         while (failed := render(own.io, table, first, last, *arguments, *own.scratch, pixels, synthetic)) >= 0:
             first, field = failed >> 2, failed >> 1 & 1
-            k, what = ids[first], 'is a JPEG that does not decode: write it again'
+            k, what = ids[first], f'is a JPEG that does not decode: {PACK}'
             if not failed & 1:
                 what = self._short(table[first], 5 * field)
                 if what is None:                         # a signal, a network: now it can be read
@@ -445,7 +445,7 @@ class PairLoader:
                 return None
         except OSError as error:
             return f'cannot be read: {error.strerror}'
-        return 'ends early: the file has been truncated: write it again'
+        return f'ends early: the file has been truncated: {PACK}'
 
     def _collect(self, batch, jobs):
         for job in jobs:

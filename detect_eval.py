@@ -21,7 +21,6 @@ import io
 import json
 import os
 import signal
-import sys
 import time
 from contextlib import closing, redirect_stdout
 from functools import lru_cache
@@ -81,8 +80,9 @@ ALLOWED = {
 
 def check(config, world=1):
     check_values(config, ALLOWED)
-    if len(config['anchors']) != 5 and config['detector'] != 'faster_rcnn_c4' or not config['train_sizes']:
-        raise Fail('anchors, train_sizes: an FPN needs 5 anchors, one for each level, and there must be a size')
+    if len(config['anchors']) != 5 and config['detector'] != 'faster_rcnn_c4' or not (
+            config['anchors'] and config['train_sizes']):
+        raise Fail('anchors, train_sizes: an FPN needs 5 anchors, one for each level, and none may be empty')
     if config['batch_size'] % world:
         raise Fail(f"batch_size: {config['batch_size']} (of all processes) is not a multiple of the {world} processes")
 
@@ -108,7 +108,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from checkpoints import digest, load_backbone, normalization
-from common import Log, Processes, StopSignal, answered, earlier, precision_dtype, seed_everything
+from common import Log, Processes, StopSignal, answered, earlier, precision_dtype
 from files import damage, save_checkpoint, save_json
 from models import BLOCKS, average_running_statistics, distributed, global_mean, synchronize_batch_norm
 from pictures import curves
@@ -442,7 +442,7 @@ def main(config):
     if answered(results, identity, BOOKKEEPING, processes):
         return
 
-    seed_everything(config['seed'])  # the same on all processes: they build the same model
+    torch.manual_seed(config['seed'])  # the same on all processes: they build the same model
     torch.set_float32_matmul_precision('high')  # TF32 where the GPU has it
     model = build_detector(config, backbone, info['feature_dim'], len(categories), mean, std)
     model = synchronize_batch_norm(model.to(device), device).train()
@@ -507,10 +507,8 @@ def main(config):
                 processes.barrier()  # nobody goes on, or leaves, before it is written
     bar.close()
     if leave:
-        log.write(f'{stop.name or "stop signal"}: saved at iteration {step} of {iterations}; the same command resumes')
-        if config['requeue'] and processes.any(stop.name == 'SIGUSR1'):  # SIGTERM may be scancel: not to be undone
-            log.write(stop.requeue() if processes.main else None)
-        sys.exit(stop.exit_code)
+        stop.leave(log, f'saved at iteration {step} of {iterations}; the same command resumes',
+                   config['requeue'] and processes.any(stop.name == 'SIGUSR1'))  # SIGTERM may be scancel: not to undo
 
     parts = [detect(model, test_images, categories, config, processes, dtype, stop)]
     if processes.any(stop):  # all of them leave, and none waits for the detections of one that has left

@@ -419,9 +419,7 @@ def measure(config, folder):
     def projections(tokens, embedding, readable, identity):
         return {'projection': torch.einsum('bkhw,k->bhw', tokens, pc)[readable]}
 
-    def concatenate(a, b):
-        return torch.cat([a, b])
-
+    concatenate = lambda *parts: torch.cat(parts)
     files = sweep('projection', picked, projections, concatenate, share=False)
     projection = np.concatenate([part['projection'] for part in load_parts(files, 'projection')])
     sign, line = choose_sign(projection, config['foreground_share'], config['sign'])
@@ -444,7 +442,7 @@ def measure(config, folder):
                 'embedding': (embedding * readable[:, None]).half(), 'identity': identity}
 
     result = {'pc': pc.cpu().numpy(), 'mean': component['mean'].astype(np.float32), 'threshold': threshold,
-              'sign': sign, 'explained': component['explained'], 'encoder': clip.fingerprint(), **seen}
+              'sign': sign, 'explained': component['explained'], 'encoder': mine['encoder'], **seen}
     if config['proportions']:
         files = sweep('proportion', np.arange(len(source)), measures, concatenate)
     if not processes.main:

@@ -70,11 +70,12 @@ def damage(path):
             file.seek(max(0, size - 66_000))  # where a zip archive, as torch.save and np.savez write, has its end
             whole = b'PK\5\6' in file.read()
             file.seek(8)
-            entries = json.loads(file.read(length)) if head[8:9] == b'{' and length < min(size, 1e8) else {}
+            entries = json.loads(file.read(length)) if head[8:9] == b'{' and length + 8 <= min(size, 1e8) else {}
+            end = 8 + max([length, *(length + e['data_offsets'][1] for e in entries.values() if 'data_offsets' in e)])
     except OSError as error:
         return f'cannot be read ({error.strerror})', again
-    except (ValueError, RecursionError):
-        entries = {}
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):  # another format's, or nonsense
+        end = 0
     if not size:
         return 'is empty', again
     if not head.strip(b'\0'):
@@ -85,10 +86,8 @@ def damage(path):
         return 'is a web page, not the file itself', again
     if head.startswith(b'PK\3\4') and not whole:
         return 'is cut short', again
-    if isinstance(entries, dict) and head[8:9] == b'{' and length < 1e8:
-        ends = [8 + length, *(8 + length + e['data_offsets'][1] for e in entries.values()
-                              if isinstance(e, dict) and 'data_offsets' in e)]
-        if max(ends) > size:
+    if end and head[8:9] == b'{' and length < 1e8:
+        if end > size:
             return 'is cut short', again
         if path.suffix != '.safetensors':
             return 'is in the format of safetensors', 'let its name end in .safetensors'

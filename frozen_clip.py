@@ -105,10 +105,6 @@ class FrozenClip:
 def _clip_source(spec, open_clip):
     """Check a `clip:` spec without loading anything. Returns (name for open_clip, pretrained, image size or None)."""
     name, pretrained, image_size = spec['model'], spec.get('pretrained'), spec.get('image_size')
-    if not isinstance(name, str) or not isinstance(pretrained, (str, type(None))):
-        raise Fail(f'clip.model and clip.pretrained must be text, not {name!r} and {pretrained!r}')
-    if image_size is not None and (not isinstance(image_size, int) or image_size < 1):
-        raise Fail(f'clip.image_size must be a number of pixels or null, not {image_size!r}')
     if name.replace('/', '-') in open_clip.list_models():
         name = name.replace('/', '-')
         tags = open_clip.list_pretrained_tags_by_model(name)

@@ -217,7 +217,7 @@ def filled(path, make, state, eps=1e-4):
             network = make()
         state = {name: value.float() for name, value in state.items()}
         network.load_state_dict(fold_spectral_norm(state, eps), assign=True)
-    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError) as error:
         raise Fail(f'{path}: does not fit its network: ' + ' '.join(str(error).split())[:200]) from None
     return network.eval().requires_grad_(False)
 
@@ -440,7 +440,7 @@ TENSORFLOW = (
 TORCH_MAGIC = bytes.fromhex('8a0a6cfc9c46f9206aa850192e')  # with which torch.save began before it wrote zip archives
 
 
-def _renamed(entries, rules):
+def renamed(entries, rules):
     found = {}
     for name, value in entries.items():
         for pattern, new in rules:
@@ -469,7 +469,7 @@ def _pickled(path):
                        'where you trust it and save the state_dict of G_ema alone') from None
         raise unreadable(path, error, what='the pickle of a network') from None
     if isinstance(content, tuple):  # of TensorFlow: generator, discriminator, mean generator
-        state, settings = _renamed(_tf_arrays(content[2]), TENSORFLOW), content[2]['static_kwargs']
+        state, settings = renamed(_tf_arrays(content[2]), TENSORFLOW), content[2]['static_kwargs']
         state = {name: _from_tf(name, value) for name, value in state.items()}
     else:
         mapping, synthesis = (content['G_ema']['_modules'][name]['_modules'] for name in ('mapping', 'synthesis'))
@@ -493,7 +493,7 @@ def _read(path):
         return _pickled(path)
     content = load_checkpoint(path)
     if 'g_ema' in content:
-        state = _renamed({**content['g_ema'], 'latent_avg': content.get('latent_avg')}, ROSINALITY)
+        state = renamed({**content['g_ema'], 'latent_avg': content.get('latent_avg')}, ROSINALITY)
         content = {k: v / 4 if k.endswith('_filter') else v for k, v in state.items()}  # with the gain of up-sampling
     return {k: v for k, v in content.items() if torch.is_tensor(v)}, None
 

@@ -216,30 +216,32 @@ def main(config):
         levels = np.where([file is None for file in views.files], -1, levels)
         settings.update(source='folder', views=int((levels >= 0).sum()), levels=zlib.crc32(levels.tobytes()),
                         **{k: config[k] for k in ('views_root', 'view_size')})
-    elif latent:
-        made_of = [config['latent']['model'], config['latent']['discriminator'],
-                   *(move['walker'] for move in config['latent']['chunks'].values())]
-        settings.update({k: config[k] for k in ('seed', 'view_size', 'view_format', 'chunk_size', 'latent')},
-                        dataset={'name': 'latents'}, views_per_image=config['views_per_image'],
-                        weights=[weights_checksum(name) for name in made_of if name])
-    elif masked:
-        settings.update({k: config[k] for k in ('seed', 'view_size', 'view_format', 'chunk_size', 'views_per_image')},
-                        generator={k: v for k, v in config['generator'].items() if k not in UNSEEN['maskgit']},
-                        weights=[weights_checksum(name) for name in (
-                            config['generator']['model'], config['generator']['mask']['vqgan']) if name])
     elif config['strategy'] != 'none':
-        retrieved = config['strategy'] == 'retrieval'
-        spec = config['generator']
-        unseen = {'vae_slicing', 'compile', *UNSEEN[spec['kind']]} | (
-            {'condition'} if spec['condition'] == 'stored' else set())
-        settings.update({k: config[k] for k in ('seed', 'view_size', 'view_format', 'chunk_size')},
-                        generator=None if retrieved else {k: v for k, v in spec.items() if k not in unseen},
-                        proportions=checksum, **({'pool': pool_checksum(config['pool'])} if retrieved else {}),
-                        noise_level=config['noise_level'] if config['strategy'] == 'constant' else None,
-                        **({'views_per_image': config['views_per_image']} if config['views_per_image'] > 1 else {}))
-        if spec['kind'] == 'icgan' and not retrieved:
-            made_of = [spec['model']] + [spec['noise']['extractor']] * (spec['condition'] == 'pipeline')
-            settings['weights'] = list(map(weights_checksum, made_of))
+        spec, retrieved, made_of = config['generator'], config['strategy'] == 'retrieval', []
+        settings.update({k: config[k] for k in ('seed', 'view_size', 'view_format', 'chunk_size')})
+        if latent or masked or config['views_per_image'] > 1:
+            settings['views_per_image'] = config['views_per_image']
+        if latent:
+            settings.update(dataset={'name': 'latents'}, latent=config['latent'])
+            made_of = [config['latent']['model'], config['latent']['discriminator'],
+                       *(move['walker'] for move in config['latent']['chunks'].values())]
+        else:
+            unseen = {'vae_slicing', 'compile', *UNSEEN[spec['kind']]} | (
+                {'condition'} if spec['condition'] == 'stored' else set())
+            settings['generator'] = None if retrieved else {k: v for k, v in spec.items() if k not in unseen}
+        if masked:
+            made_of = [spec['model'], spec['mask']['vqgan']]
+        elif not latent:
+            settings.update(proportions=checksum,
+                            noise_level=config['noise_level'] if config['strategy'] == 'constant' else None)
+            if retrieved:  # None: among the images' own embeddings, whose checksum is known
+                settings['pool'] = zlib.crc32(np.ascontiguousarray(load_arrays(
+                    Path(config['pool']) / 'embeddings.npy', f"run fg_proportion.py into {config['pool']} again",
+                    mmap_mode='r'))) if config['pool'] else None
+            elif spec['kind'] == 'icgan':
+                made_of = [spec['model'], spec['noise']['extractor'] * (spec['condition'] == 'pipeline')]
+        if made_of:
+            settings['weights'] = [weights_checksum(name) for name in made_of if name]
     moved = () if embeddings is None else ('dataset.root',)  # a dataset may move: its embeddings tell which one it is
     same_settings(output / 'settings.json', settings, (*moved, 'made_by'))  # before anything is written
     unmoved = {**settings, 'dataset': {k: v for k, v in settings['dataset'].items() if k != 'root'}}
@@ -375,14 +377,6 @@ def per_index(config):
     return config['views_per_image'] * bool(config['latent']['chunks'] or not anchors) + anchors
 
 
-def pool_checksum(folder):
-    """Of the embeddings that strategy retrieval chooses among; None: of the images' own, whose checksum is known."""
-    if not folder:
-        return None
-    return zlib.crc32(np.ascontiguousarray(load_arrays(
-        Path(folder) / 'embeddings.npy', f'run fg_proportion.py into {folder} again', mmap_mode='r')))
-
-
 def draw(*numbers):
     """A 63-bit number from a tuple of integers: all that is random about image i comes from (seed, i)."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
@@ -410,8 +404,7 @@ def same_settings(path, settings, moved, claim=False):
 
 def generate(config, chunks, source, levels, embeddings, record, claim, processes, log, stop):
     retrieved, latent = (config['strategy'] == name for name in ('retrieval', 'latent'))
-    conditions = levels
-    labels = None
+    conditions, labels = levels, None
     if latent:
         from latents import LatentPairs
         generator = LatentPairs(config['latent'], config['seed'], config['view_size'], processes.device)
@@ -591,6 +584,8 @@ def pack(config, beton, source, levels, views, settings, log, stop):
             opens = pool.map(lambda i: not stop and opened(source, i) is not None, readable)
             readable = [i for i, good in zip(readable, tqdm(opens, 'readable?', len(readable), disable=None)) if good]
         leave_if_asked()
+    if not readable:
+        raise Fail(f'{beton}: none of the {len(source)} source images can be read, so there is nothing to pack')
     lost, several, failed = len(source) - len(readable), config['views_per_image'], set()
 
     def sample(k):

@@ -245,7 +245,7 @@ class Moves:
         for (first, last), std, truncation, walker in self.parts:
             if walker:
                 moves[first, last] = walker(self.generator.part(z, first, last), numbers[:, -Steering.NUMBERS:])
-            elif std:
+            else:
                 part = self.generator.part(numbers[:, :-Steering.NUMBERS], first, last)
                 moves[first, last] = std * normal(part, truncation).to(z.device)
         return moves
@@ -258,7 +258,6 @@ class LatentPairs:
     empty). With one, sample i is the better of two candidates, the latents 2 i and 2 i + 1, by the mean score of anchor
     and positive. (hierarchical-latent appendix E keeps the better half of a batch that was sampled twice; so a sample
     would depend on its batch.)"""
-    embedding_dim = None
 
     def __init__(self, spec, seed, size, device):
         self.generator, self.seed = LatentGenerator(spec, device, size), seed
@@ -340,7 +339,7 @@ def load_discriminator(path):
         if not all(value.isfinite().all() for value in discriminator.state_dict().values()):
             raise ValueError('its weights are not finite')
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise unreadable(path, error, 'train it again', 'a discriminator') from None
+        raise unreadable(path, error, 'train it again with train_discriminator.py', 'a discriminator') from None
     return discriminator.eval().requires_grad_(False)
 
 
@@ -386,7 +385,7 @@ def load_walker(path):
             raise ValueError('its weights are not finite')
         walker.chunks, walker.weights = found.get('chunks'), found.get('weights')
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
-        raise unreadable(path, error, 'train it again', 'a walker') from None
+        raise unreadable(path, error, 'train it again with train_walker.py', 'a walker') from None
     return walker.eval().requires_grad_(False)
 
 

@@ -88,6 +88,8 @@ def check(config, world=1):
     if config['linear']['batch_size'] % world:
         raise Fail(f"linear.batch_size: {config['linear']['batch_size']} (of all processes together) is not a multiple "
                    f'of the {world} processes')
+    if config['linear']['batch_norm'] and config['linear']['batch_size'] == 1:
+        raise Fail('linear.batch_norm: one feature has no statistics; needs a linear.batch_size above 1')
     if config['linear']['nesterov'] and not config['linear']['momentum']:
         raise Fail('linear.nesterov: needs a linear.momentum above 0')
     recipe_row({'size': 224, 'crop_scale': config['linear']['crop_scale'], 'flip': config['linear']['flip']}, 'linear')
@@ -103,11 +105,11 @@ from torch import nn
 from tqdm import tqdm
 
 from checkpoints import backbone_of, digest
-from common import Log, Processes, StopSignal, answered, earlier, precision_dtype, seed_everything
+from common import Log, Processes, StopSignal, answered, earlier, precision_dtype
 from files import load_checkpoint, save_checkpoint, save_json, weights_checksum
 from data import PairLoader, check_size
 from features import Encoder, all_features, class_map, hits, knn_accuracy, labelled, percent, plain_images
-from models import synchronize_batch_norm
+from models import average, decayed, synchronize_batch_norm
 
 
 def lars(groups, **settings):
@@ -116,14 +118,6 @@ def lars(groups, **settings):
 
 
 OPTIMIZERS = {'sgd': torch.optim.SGD, 'lars': lars}
-
-
-def schedule(step, steps, linear):
-    """Factor of the learning rate at a step, with `steps` of them an epoch."""
-    if linear['milestones']:
-        return 0.1 ** sum(step >= epoch * steps for epoch in linear['milestones'])
-    cosine = 0.5 * (1 + math.cos(math.pi * step / (steps * linear['epochs'])))
-    return linear['final_share'] + (1 - linear['final_share']) * cosine
 
 
 def batches(config, recipe, train, encoder, processes):
@@ -239,7 +233,7 @@ def main(config):
 
     stop, log, begin = StopSignal(), Log(folder, config, processes.main, config['tensorboard']), time.perf_counter()
     log.write('; '.join([info['text'], f'{n_train} training and {n_test} test images', *filter(None, enlarged)]))
-    seed_everything(config['seed'])
+    torch.manual_seed(config['seed'])
     encoder = Encoder(backbone, info['mean'], info['std'], device, dtype)
 
     def compute(part):
@@ -282,14 +276,11 @@ def main(config):
         loss_sum = torch.zeros(len(lrs), device=device)
         for step, (inputs, labels) in enumerate(epoch_batches(epoch), epoch * steps):
             for group in optimizer.param_groups:
-                group['lr'] = group['base_lr'] * schedule(step, steps, linear)
+                group['lr'] = group['base_lr'] * decayed(step, steps, linear)
             losses = torch.stack([F.cross_entropy(probe(inputs), labels) for probe in probes])
             optimizer.zero_grad()
             losses.sum().backward()  # none depends on another's parameters
-            if dist.is_initialized():
-                for parameter in probes.parameters():
-                    dist.all_reduce(parameter.grad)
-                    parameter.grad /= processes.world
+            average(parameter.grad for parameter in probes.parameters())
             optimizer.step()
             loss_sum += losses.detach()
             if processes.any(stop):
@@ -326,10 +317,11 @@ def main(config):
             'summary': summary, 'metric': metric, 'knn': {'top1': nearest[0], 'top5': nearest[1]},
             'linear': found[0], 'probes': found, 'train_images': n_train, 'test_images': n_test, 'classes': classes,
             'mean': list(info['mean']), 'std': list(info['std']), 'image_size': size,
-            'seconds': round(time.perf_counter() - begin, 1), 'config': identity})
+            'config': identity})
         for path in (checkpoint, *(folder.glob('*_features.pt') if not config['keep_features'] else ())):
             path.unlink(missing_ok=True)
-    log.write(f'{summary} -> {results_path}', knn=nearest, linear=found)
+    log.write(f'{summary} -> {results_path}', knn=nearest, linear=found,
+              seconds=round(time.perf_counter() - begin, 1))
     log.close()
 
 

@@ -268,23 +268,19 @@ def vicreg(z1, z2):
 # ---------------------------------------------------------------------------------------------------
 # Quality of a pair of views
 
-def foreground_map(features, pc, mean=None):
+def foreground_map(features, pc):
     """Foreground attention (GenView section 3.4): projection on the first principal component, min-max per image.
 
     features: (B, K, H, W) tokens of a frozen encoder; pc: (K,) or (K, 1), pointing towards the foreground, as
-    fg_proportion.py writes it; mean: (K,) or None. Returns (B, H, W) in [0, 1]; 0.5 everywhere where the projection is
-    the same for all tokens (neither foreground nor background). Subtracting the mean moves every projection by the same
-    amount, which min-max takes back: with or without it the map is the same.
+    fg_proportion.py writes it. Returns (B, H, W) in [0, 1]; 0.5 everywhere where the projection is the same for all
+    tokens (neither foreground nor background). The tokens' mean need not be subtracted: min-max takes it back.
 
     >>> features = torch.tensor([[[[0., 1., 4.]], [[9., 9., 9.]]]])          # B=1, K=2, H=1, W=3
     >>> foreground_map(features, torch.tensor([1., 0.]))
     tensor([[[0.0000, 0.2500, 1.0000]]])
     """
     with _float32(features):
-        pc = pc.float().reshape(-1)
-        projection = torch.einsum('bkhw,k->bhw', features.float(), pc)
-        if mean is not None:
-            projection = projection - mean.float().reshape(-1) @ pc
+        projection = torch.einsum('bkhw,k->bhw', features.float(), pc.float().reshape(-1))
         low, high = projection.amin((1, 2), keepdim=True), projection.amax((1, 2), keepdim=True)
         # equal tokens differ by the rounding of a sum of K products: that is noise, not a foreground
         constant = high - low <= 1e-5 * torch.maximum(low.abs(), high.abs())
@@ -292,11 +288,11 @@ def foreground_map(features, pc, mean=None):
         return torch.where(constant, torch.full_like(scaled, 0.5), scaled)
 
 
-def pair_quality(features_1, features_2, pc, mean=None):
+def pair_quality(features_1, features_2, pc):
     """Quality of pairs of views: foreground similarity minus background similarity (GenView eq. 10-12). Returns (B,).
 
     features_1, features_2: (B, K, H, W) tokens of the two views from the same frozen encoder (H, W may differ between
-    them); pc, mean: as in foreground_map. Values in [-2, 2], high for the same subject before another background. As in
+    them); pc: as in foreground_map. Values in [-2, 2], high for the same subject before another background. As in
     the official code the pooled features are not centred and each map is divided by its sum + 1e-7 (eq. 10 has no
     division; the cosine of eq. 11 takes any factor out again). A pooled vector of zeros has similarity 0.
 
@@ -306,7 +302,7 @@ def pair_quality(features_1, features_2, pc, mean=None):
     """
     pooled = []
     for features in (features_1, features_2):
-        foreground = foreground_map(features, pc, mean)
+        foreground = foreground_map(features, pc)
         with _float32(features):
             for attention in (foreground, 1 - foreground):
                 attention = attention / (attention.sum((1, 2), keepdim=True) + 1e-7)

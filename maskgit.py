@@ -21,7 +21,7 @@ from torch import nn
 from common import precision_dtype
 from config import Fail
 from files import load_checkpoint, load_json
-from gan import filled
+from gan import filled, renamed
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -117,14 +117,9 @@ def _taming(path):
             latent_channels=latent, num_vq_embeddings=codes, vq_embed_dim=embedding)
     except (KeyError, AttributeError, TypeError, ValueError, IndexError):
         raise Fail(f'{path}: holds no VQGAN of taming-transformers (encoder.down, quantize.embedding, ...)') from None
-    state = {}
-    for name, value in found.items():
-        name = re.sub(r'\.up\.(\d)\.', lambda m: f'.up_blocks.{levels - 1 - int(m[1])}.', name)
-        for pattern, new in TAMING:
-            name = re.sub(pattern, new, name)
-        linear = re.search(r'attentions\.\d\.to_.*weight$', name)
-        state[name] = value.flatten(1) if linear else value
-    return config, state
+    up = (r'\.up\.(\d)\.', lambda m: f'.up_blocks.{levels - 1 - int(m[1])}.')
+    return config, {name: value.flatten(1) if re.search(r'attentions\.\d\.to_.*weight$', name) else value
+                    for name, value in renamed(found, (up, *TAMING)).items()}
 
 
 def load_vqgan(path):

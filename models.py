@@ -1,7 +1,6 @@
 """Backbones, batch norm over the global batch, and the SSL methods as nn.Modules (METHODS: MoCo v2, MoCo v3, BYOL,
 SimSiam, SwAV, SimCLR, SupCon, VICReg, NNCLR)."""
 import math
-import sys
 import warnings
 from copy import deepcopy
 from functools import partial
@@ -68,11 +67,7 @@ def build_backbone(arch, stem='imagenet', width=64, patch_size=16, image_size=22
             raise Fail(f'backbone.patch_size: {patch_size} pixels do not divide the {image_size} of image_size')
         from vit import ViT  # timm takes as long to import as torch
         return ViT(arch, patch_size, image_size)
-    if arch not in BLOCKS:
-        raise Fail(f"backbone.arch: '{arch}' is unknown; there are {', '.join([*BLOCKS, *VITS])}")
-    if stem not in ('imagenet', 'cifar'):
-        raise Fail(f"backbone.stem: '{stem}' is unknown; there are imagenet, cifar")
-    if width < 8 or width % 8:
+    if width % 8:
         raise Fail(f'backbone.width: {width} must be a multiple of 8')
     return Backbone(arch, stem, width, zero_init_residual, norm_layer)
 
@@ -124,13 +119,16 @@ def distributed(model, device):
                                    broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
+def average(tensors):
+    """In place, over the processes."""
+    for tensor in tensors if dist.is_initialized() else ():
+        dist.all_reduce(tensor)
+        tensor /= dist.get_world_size()
+
+
 def average_running_statistics(model):
     """Processes keep their own batch norm statistics while they train; what is saved is their mean, on all of them."""
-    if dist.is_initialized():
-        for name, buffer in model.named_buffers():
-            if name.endswith(('running_mean', 'running_var')):
-                dist.all_reduce(buffer)
-                buffer /= dist.get_world_size()
+    average(buffer for name, buffer in model.named_buffers() if name.endswith(('running_mean', 'running_var')))
 
 
 class SplitBatchNorm2d(nn.BatchNorm2d):
@@ -196,12 +194,19 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 def synchronize_batch_norm(model, device):
     """Every BatchNorm of `model` takes the statistics of the global batch from now on. In one process it does."""
-    if world_size() > 1 and device.type == 'cuda':
+    if world_size() == 1:
+        return model
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    odd = {type(norm).__name__ for norm in norms} - {'BatchNorm1d', 'BatchNorm2d'}
+    if device.type == 'cuda':
+        if odd:  # timm's apply the activation too, which torch's conversion would leave out
+            from timm.layers import convert_sync_batchnorm
+            return convert_sync_batchnorm(model)
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    if world_size() > 1:
-        for module in model.modules():
-            if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d):
-                module.__class__ = GlobalBatchNorm  # same parameters and buffers under the same names
+    if odd:
+        raise Fail(f"{', '.join(odd)} of this network cannot be trained by several processes on CPUs: start one")
+    for norm in norms:
+        norm.__class__ = GlobalBatchNorm  # same parameters and buffers under the same names
     return model
 
 
@@ -219,6 +224,13 @@ def mlp(*sizes, bias=False, last_bias=False):
 def cosine(start, end, step, total):
     """Half a cosine from start (step 0) to end (step `total`)."""
     return end - (end - start) * (math.cos(math.pi * step / total) + 1) / 2
+
+
+def decayed(step, steps, config):
+    """Factor of a probe's learning rate at a step, with `steps` of them an epoch: by milestones or by a cosine."""
+    if config['milestones']:
+        return config.get('gamma', 0.1) ** sum(step >= epoch * steps for epoch in config['milestones'])
+    return cosine(1, config.get('final_share', 0), step, steps * config['epochs'])
 
 
 @torch.no_grad()
@@ -341,7 +353,6 @@ class MoCoV2(Method):
         self.queue_pointer.copy_((self.queue_pointer + len(keys)) % len(self.queue))
 
     def forward(self, views, step, look=False):
-        """views: query, key. The number of the step seeds the shuffling. See Method."""
         view_1, view_2 = views
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         order = torch.randperm(len(view_1) * world_size(), generator=generator).to(view_1.device)
@@ -392,13 +403,9 @@ class MoCoV3(Method):
         """Official: between queries and keys, which comes to the same: the queries do not change a parameter."""
         follow(self, cosine(self.momentum, self.momentum_end, step, self.total_steps))
 
-    def key(self, view):
-        return F.normalize(self.target(view).float(), dim=1)
-
     def forward(self, views, step, look=False):
-        """views: the pair. See Method."""
         query_1, query_2 = (F.normalize(self.predictor(self.projector(self.features(v))).float(), dim=1) for v in views)
-        key_1, key_2 = (self.key(v) for v in views)
+        key_1, key_2 = (F.normalize(self.target(v).float(), dim=1) for v in views)
         loss = 2 * self.temperature * (info_nce_batch(query_1, key_2, self.temperature)
                                        + info_nce_batch(query_2, key_1, self.temperature))
         figures = {'contrastive_top1': batch_top1(query_1, key_2), 'feature_std': feature_std(query_1)} if look else {}
@@ -435,7 +442,6 @@ class BYOL(Method):
         follow(self, cosine(self.momentum, self.momentum_end, step, self.total_steps))
 
     def forward(self, views, step, look=False):
-        """views: the pair. See Method."""
         projection_1, projection_2 = (self.projector(self.features(v)) for v in views)
         target_1, target_2 = (self.target(v) for v in views)
         loss = 4 + 2 * (negative_cosine(self.predictor(projection_1), target_2)
@@ -459,7 +465,6 @@ class SimSiam(Method):
         self.predictor = mlp(dim, hidden, dim, last_bias=True)
 
     def forward(self, views, step, look=False):
-        """views: the pair. See Method."""
         z1, z2 = (self.projector(self.features(v)) for v in views)
         loss = (negative_cosine(self.predictor(z1), z2) + negative_cosine(self.predictor(z2), z1)) / 2
         return loss, loss.new_zeros(()), {'feature_std': feature_std(z1)} if look else {}
@@ -508,7 +513,6 @@ class SwAV(Method):
         return sinkhorn(rows, self.epsilon, self.iterations)[-len(scores):]
 
     def forward(self, views, step, look=False):
-        """views: two large crops, the pair, and any number of small ones. See Method."""
         features = [self.features(torch.cat(list(crops))) for _, crops in groupby(views, lambda view: view.shape[-1])]
         z = F.normalize(self.projector(torch.cat(features)).float(), dim=1)
         with torch.autocast(z.device.type, enabled=False):  # divided by 0.05: bf16 would show
@@ -558,7 +562,6 @@ class SimCLR(Method):
             self.projector = nn.Sequential(*sum(hidden, ()), nn.Linear(*sizes[-2:]))
 
     def forward(self, views, step, look=False, labels=None):
-        """views: the pair. See Method."""
         z1, z2 = F.normalize(self.projector(self.features(torch.cat(views))).float(), dim=1).chunk(2)
         mixed = mixing(self.negative_mixing, self.seed, step, 2 * len(z1) * world_size())
         loss = self.temperature / 0.07 * sup_con(z1, z2, labels, self.temperature) if self.labelled else \
@@ -588,7 +591,6 @@ class VICReg(Method):
         self.invariance, self.variance, self.covariance = invariance, variance, covariance
 
     def forward(self, views, step, look=False):
-        """views: the pair. See Method."""
         z1, z2 = (self.projector(self.features(v)) for v in views)
         invariance, variance, covariance = vicreg(z1, z2)
         extra = self.variance * variance + self.covariance * covariance
@@ -612,7 +614,6 @@ class NNCLR(Method):
         self.register_buffer('queue_pointer', torch.zeros((), dtype=torch.long))
 
     def forward(self, views, step, look=False):
-        """views: the pair. See Method."""
         projections = [self.projector(self.features(v)) for v in views]
         z1, z2 = (F.normalize(z.detach().float(), dim=1) for z in projections)
         p1, p2 = (F.normalize(self.predictor(z).float(), dim=1) for z in projections)
@@ -624,7 +625,3 @@ class NNCLR(Method):
 
 METHODS = {'mocov2': MoCoV2, 'mocov3': MoCoV3, 'byol': BYOL, 'simsiam': SimSiam, 'swav': SwAV, 'simclr': SimCLR,
            'supcon': SupCon, 'vicreg': VICReg, 'nnclr': NNCLR}
-
-
-if __name__ == '__main__':
-    sys.exit('models.py: exports have moved: python checkpoints.py CHECKPOINT FOLDER')

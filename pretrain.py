@@ -24,10 +24,9 @@ of SwAV and the statistics of VICReg are those of the micro-batch: there it is a
 """
 import math
 import os
-import sys
 import time
 from contextlib import closing, nullcontext
-from itertools import count, islice, zip_longest
+from itertools import count, islice
 
 from config import Fail, check_values, few, run_folder
 from start import run, say
@@ -219,7 +218,7 @@ ALLOWED = {
     'dim': (1, 32768), 'hidden': (1, 32768), 'layers': (1, 10), 'prototypes': (1, 10 ** 6), 'iterations': (1, 1000),
     'moco.queue': (1, 10 ** 7), 'nnclr.queue': (1, 10 ** 7), 'queue': (0, 10 ** 7),
     'queue_from_epoch': (0, EVER), 'freeze_prototypes': (0, EVER),
-    'bn_splits': (1, 4096), 'moco.momentum': (0.0, 0.999999), 'momentum': (0.0, 1.0), 'momentum_end': (0.0, 1.0),
+    'bn_splits': (1, 4096), 'momentum': (0.0, 0.999999), 'momentum_end': (0.0, 1.0),
     'temperature': (0.001, 100.0), 'negative_mixing': (0.0, 100.0), 'loss_factor': (1e-6, 1e6),
     'epsilon': (0.001, 100.0), 'invariance': (0.0, 1e6), 'variance': (0.0, 1e6), 'covariance': (0.0, 1e6),
     'optimizer.name': ['sgd', 'lars', 'adamw'], 'lr': (1e-30, 1000.0), 'final_lr': (0.0, 1000.0),
@@ -289,9 +288,9 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from checkpoints import NORMALIZATIONS, normalization, save_backbone
-from common import Log, Processes, StopSignal, earlier, precision_dtype, random_states, restore, seed_everything
+from common import Log, Processes, StopSignal, earlier, precision_dtype, random_states, restore
 from files import checksums, load_json, save_checkpoint
-from data import PairLoader, check_size
+from data import PACK, PairLoader, check_size
 from features import Monitor
 from frozen_clip import Quality, clip_files
 from models import (METHODS, average_running_statistics, cosine, describe, distributed, global_mean,
@@ -461,7 +460,7 @@ def contents(config):
     pairs, online, quality = config['data']['beton'], config['data']['online'], config['quality']
     sides = [f'{path}.json' for path in ([pairs] if isinstance(pairs, str) else pairs or [])]
     files, found = {}, {
-        'data.beton': [load_json(side).get('crc32') if os.path.exists(side) else None for side in sides]}
+        'data.beton': [load_json(side, PACK).get('crc32') if os.path.exists(side) else None for side in sides]}
     if online['images_per_epoch']:
         files['data.online'] = [online['model'], online['discriminator'],
                                 *(move['walker'] for move in online['chunks'].values())]
@@ -562,8 +561,9 @@ def main(config):
     moved = [key for key in ('data.beton', 'quality.pc') if made_of.get(key) and None not in made_of[key]]
     saved = earlier(checkpoint, config, (*BOOKKEEPING, *moved, *{*BLOCKS.values()} - {BLOCKS[config['method']]}),
                     needs=('model', 'optimizer', 'scaler', 'epoch', 'step', 'random', 'contents'))
-    other = [key for key, found in made_of.items() if saved and any(
-        new not in (None, old) for old, new in zip_longest(saved['contents'].get(key, found), found))]
+    before = saved['contents'] if saved else {}
+    other = [key for key, found in made_of.items() if key in before and (
+        len(before[key]) != len(found) or any(new not in (None, old) for old, new in zip(before[key], found)))]
     if other:
         raise Fail(f"{checkpoint} was made with another content of {', '.join(other)}; set another output=")
     if saved and saved['epoch'] == epochs and finished.is_file():
@@ -574,7 +574,7 @@ def main(config):
         raise Fail(f"{checkpoint}: was trained in {saved['dtype'][6:]}, this device would go on in {str(dtype)[6:]}; "
                    'go on where it began, or set another output=')
 
-    seed_everything(config['seed'])  # the same on all processes: they build the same model
+    torch.manual_seed(config['seed'])  # the same on all processes: they build the same model
     torch.set_float32_matmul_precision('high')  # TF32 where the GPU has it
     torch.backends.cudnn.benchmark = True
     loader = open_pairs(config, processes)
@@ -641,10 +641,9 @@ def main(config):
             since += time.perf_counter() - paused  # images/s are those of training
     bar.close()
     if leave:
-        log.write(f'{stop.name or "stop signal"}: saved at step {step} of {last_step}; the same command resumes')
-        if config['requeue'] and processes.any(stop.name == 'SIGUSR1'):  # SIGTERM may be scancel: not to be undone
-            log.write(stop.requeue() if processes.main else None)
-    elif processes.main:
+        stop.leave(log, f'saved at step {step} of {last_step}; the same command resumes',
+                   config['requeue'] and processes.any(stop.name == 'SIGUSR1'))  # SIGTERM may be scancel: not to undo
+    if processes.main:
         save_backbone(finished, model.backbone, config, mean, std)
         curves(folder / 'loss.png', folder / 'log.jsonl', ['loss'],
                ['contrastive_top1', 'assignment_entropy', 'feature_std_ratio', 'knn_accuracy'])
@@ -654,8 +653,6 @@ def main(config):
                       'lower optimizer.lr, longer optimizer.warmup_epochs, a momentum nearer to 1, or data.alpha=0.5',
                       collapsed=wrong)
     log.close()
-    if leave:
-        sys.exit(stop.exit_code)
 
 
 if __name__ == '__main__':

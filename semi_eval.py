@@ -14,7 +14,6 @@ SIGTERM and SIGUSR1 save and leave. The result does not depend on the number of 
 batch norm are those of the global batch.
 """
 import json
-import math
 import os
 import time
 from contextlib import closing
@@ -92,12 +91,11 @@ from torch import nn
 from tqdm import tqdm
 
 from checkpoints import backbone_of, digest
-from common import (Log, Processes, StopSignal, answered, earlier, precision_dtype, random_states, restore,
-                    seed_everything)
+from common import Log, Processes, StopSignal, answered, earlier, precision_dtype, random_states, restore
 from files import atomic, load_arrays, save_checkpoint, save_json
 from data import PairLoader, check_size
 from features import class_map, hits, labelled, percent, plain_images
-from models import average_running_statistics, distributed, global_mean, normalize, synchronize_batch_norm
+from models import average_running_statistics, decayed, distributed, global_mean, normalize, synchronize_batch_norm
 from sources import same_images, source_dataset
 
 
@@ -151,13 +149,6 @@ def listed(path, root, sidecar, indices, beton=None):
         raise Fail(f'subset.file: {path}: {lost} of its {len(names)} images are not in the training beton, e.g. '
                    f'{names[found.index(None)] if lost else "(empty)"}')
     return chosen, lost
-
-
-def rate(step, steps, config):
-    """Factor of the learning rates at a step, with `steps` of them an epoch."""
-    if config['milestones']:
-        return config['gamma'] ** sum(step >= epoch * steps for epoch in config['milestones'])
-    return 0.5 * (1 + math.cos(math.pi * step / (steps * config['epochs'])))
 
 
 class Classifier(nn.Module):
@@ -251,7 +242,7 @@ def main(config):
         return
     saved = earlier(checkpoint, identity, BOOKKEEPING, needs=('model', 'optimizer', 'scaler', 'step', 'random'))
 
-    seed_everything(config['seed'])  # the same on all processes: they build the same classifier
+    torch.manual_seed(config['seed'])  # the same on all processes: they build the same classifier
     torch.set_float32_matmul_precision('high')
     model = Classifier(backbone, classes, info['mean'], info['std']).to(device, memory_format=torch.channels_last)
     model = synchronize_batch_norm(model, device)
@@ -278,7 +269,7 @@ def main(config):
         with closing(loader.epoch(step // steps, step % steps)) as batches:
             for batch in batches:
                 for group in optimizer.param_groups:
-                    group['lr'] = group['base_lr'] * rate(step, steps, config)
+                    group['lr'] = group['base_lr'] * decayed(step, steps, config)
                 with autocast:
                     scores = wrapped(batch['views'][0].to(device, non_blocking=True))
                 loss = F.cross_entropy(scores.float(), batch['label'].to(device, non_blocking=True))
@@ -290,7 +281,7 @@ def main(config):
                 step += 1
                 bar.update()
                 if step % config['log_every'] == 0 or step == last_step:
-                    mean_loss, factor = global_mean(torch.stack(losses).mean()), rate(step - 1, steps, config)
+                    mean_loss, factor = global_mean(torch.stack(losses).mean()), decayed(step - 1, steps, config)
                     log.write(f'epoch {step / steps:.2f}/{config["epochs"]}  step {step}/{last_step}  loss '
                               f'{mean_loss:.4f}' if bar.disable else None, step=step, loss=mean_loss,
                               lr_backbone=config['lr_backbone'] * factor, lr_head=config['lr_head'] * factor)
@@ -310,9 +301,10 @@ def main(config):
         save_json(results_path, {
             'summary': summary, 'top1': top1, 'top5': top5, 'train_images': len(chosen), 'all_images': len(labels),
             'test_images': n_test, 'classes': classes, 'mean': list(info['mean']), 'std': list(info['std']),
-            'image_size': size, 'seconds': round(time.perf_counter() - begin, 1), 'config': identity})
+            'image_size': size, 'config': identity})
         checkpoint.unlink(missing_ok=True)
-    log.write(f'{summary} -> {results_path}', step=step, top1=top1, top5=top5)
+    log.write(f'{summary} -> {results_path}', step=step, top1=top1, top5=top5,
+              seconds=round(time.perf_counter() - begin, 1))
     log.close()
 
 

@@ -56,8 +56,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import Log, Processes, StopSignal, earlier, seed_everything
-from data import PairLoader
+from common import Log, Processes, StopSignal, earlier
+from data import PairLoader, check_size
 from files import save_checkpoint, weights_checksum
 from latents import Discriminator, LatentGenerator
 from models import average_running_statistics, distributed, global_mean, synchronize_batch_norm
@@ -70,10 +70,11 @@ def main(config):
     device, world, batch = processes.device, processes.world, config['batch_size']
     folder = run_folder(config['output'])
     checkpoint, result = folder / 'checkpoint.pt', folder / 'discriminator.pt'
-    seed_everything(config['seed'])
+    torch.manual_seed(config['seed'])
     loader = PairLoader(config['beton'], [{'size': config['image_size'], 'crop_scale': None}], 0.0, 'first',
                         batch_size=batch // world, seed=config['seed'], num_workers=config['num_workers'],
                         rank=processes.rank, world=world)
+    enlarged = check_size(loader, {'image_size': config['image_size']})  # they would look softer than the generator's
     identity = {**config, 'weights': weights_checksum(config['latent']['model']),
                 'beton_sha256': sha256(json.dumps(loader.sidecar['crc32']).encode()).hexdigest()}
     saved = earlier(checkpoint, identity, BOOKKEEPING, needs=('discriminator', 'optimizer', 'step'))
@@ -90,6 +91,7 @@ def main(config):
             say(f'{folder}: finished: {result}')
         return
     stop, log = StopSignal(), Log(folder, config, processes.main)
+    log.write(enlarged)
     log.write(f'{last} steps of {batch} real images of {config["beton"]} and as many of {generator.name}'
               + f'; resumed at step {step}' * bool(saved))
 
@@ -99,9 +101,9 @@ def main(config):
             z = generator.anchors(config['seed'], range(start, start + batch // world))
             return generator.images(generator.code(z))
 
-    figures, leave, real, wrapped = [], False, None, distributed(discriminator, device)
+    figures, real, wrapped = [], None, distributed(discriminator, device)
     with tqdm(total=last, initial=step, unit='step', disable=None if processes.main else True) as bar:
-        while step < last and not leave:
+        while step < last:
             epoch, start = divmod(step, len(loader))
             with closing(loader.epoch(epoch, start)) as batches:
                 for found in batches:

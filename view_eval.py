@@ -141,12 +141,12 @@ def by_level(values, levels):
 def draw(folder, config, whole, positions, levels, cosine, retrieved, unrelated, quality, neighbours):
     """cosine.png: how the values are distributed. pairs.png: the worst and the best pairs. All arguments but the first
     three hold a value for each pair; quality may be None."""
-    names = [str(level) for level in np.unique(levels)]
+    each = np.unique(levels)
     cosines = {'view': cosine, 'nearest other image': retrieved, 'unrelated view': unrelated}
     panels = [('cosine with the original', cosines),
-              ('cosine by noise level', {l: cosine[levels == int(l)] for l in names})]
+              ('cosine by noise level', {str(l): cosine[levels == l] for l in each})]
     if quality is not None:
-        panels.append(('quality by noise level', {l: quality[levels == int(l)] for l in names}))
+        panels.append(('quality by noise level', {str(l): quality[levels == l] for l in each}))
     histograms(folder / 'cosine.png', [(title, 'pairs', {
         f'{name}: mean {values.mean():.3f} ({len(values):,})': values.numpy() for name, values in curves.items()}, None)
         for title, curves in panels])
@@ -207,14 +207,13 @@ def main(config):
     if not processes.main:
         return
     levels = whole.metadata['f4'][positions]
-    names = [str(level) for level in np.unique(levels)]
     results = {'strategy': strategy, 'pairs': len(positions), 'without_view': without, 'encoder': clip.fingerprint(),
                'cosine': by_level(cosine, levels), 'retrieval': describe(retrieved), 'unrelated': describe(unrelated),
                'ssim': by_level(similarity, levels), **{key: round(value, 6) for key, value in distances.items()}}
     if quality is not None:
         results['quality'] = by_level(quality, levels)
 
-    for level in names:
+    for level in list(results['cosine'])[1:]:
         log.write(f'noise level {level}: ' + ', '.join(f"{key} {results[key][level]['mean']:.3f}" for key in (
             'cosine', 'ssim', 'quality') if key in results) + f" ({results['cosine'][level]['n']:,} pairs)")
     summary = (f"{config['pairs']} ({strategy}): cosine of view {results['cosine']['all']['mean']:.3f} | of nearest "

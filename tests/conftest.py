@@ -1,8 +1,11 @@
 """What several test files share: fixtures, and drawn images to import from here."""
 import json
+import os
 import signal
 import sys
 from pathlib import Path
+
+os.environ['CUDA_VISIBLE_DEVICES'] = ''  # the tests are of CPUs, and start more processes than a machine has GPUs
 
 import numpy as np
 import pytest

@@ -4,8 +4,8 @@ import copy
 import gzip
 import json
 import re
+import runpy
 import resource
-import subprocess
 import sys
 import tarfile
 import types
@@ -319,6 +319,7 @@ def test_a_file_that_is_no_checkpoint_says_what_it_is(tmp_path, resnets):
              b'version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n'),
             ('is cut short', 'pth', torch_bytes[:-99_999]), ('is cut short', 'safetensors', safe_bytes[:-1]),
             ('is cut short', 'safetensors', safe_bytes[:1000]), ('is text', 'pth safetensors', b'{"state_dict": 1}'),
+            ('cannot be read as', 'safetensors', (30).to_bytes(8, 'little') + b'{"w": {"data_offsets": []}}   '),
             ('in the format of safetensors; let its name end in', 'pth', safe_bytes),
             ('is a tar archive; unpack', 'pth', (tmp_path / 'archive.tar').read_bytes()),
             ('is compressed; unpack', 'pth', gzip.compress(torch_bytes)),
@@ -384,6 +385,8 @@ def test_the_competing_network_that_is_meant_can_be_named(tmp_path, resnets):
         load_backbone(tmp_path / 'dino.pth', prefix='backbone')
     content = {'encoder_q': moved(state), 'encoder_k': state}
     loaded(tmp_path / 'moco.pth', content, images, features, prefix='encoder_k.')  # the other one, if asked for
+    content = {**under('backbone.', state), **under('student.backbone.', moved(state))}  # one ends as the other
+    loaded(tmp_path / 'ends.pth', content, images, features, prefix='backbone')
 
 
 def test_files_that_pickle_objects_are_refused_by_name(tmp_path, resnets):
@@ -396,15 +399,15 @@ def test_files_that_pickle_objects_are_refused_by_name(tmp_path, resnets):
 # ---------------------------------------------------------------------------------------------------
 # Export
 
-def test_exported_files_load_in_torchvision_and_here(tmp_path):
+def test_exported_files_load_in_torchvision_and_here(tmp_path, monkeypatch, capsys):
     torch.manual_seed(0)
     source, images = shaken(torchvision.models.resnet18()), torch.randn(1, 3, 64, 64)
     known = {'arch': 'resnet18', 'stem': 'imagenet', 'width': 64, 'mean': MEAN, 'std': STD, 'image_size': 64}
     state = {k: v for k, v in source.state_dict().items() if not k.startswith('fc.')}
     torch.save({'state_dict': state, **known}, tmp_path / 'backbone.pt')
-    command = [sys.executable, str(ROOT / 'checkpoints.py'), str(tmp_path / 'backbone.pt'), str(tmp_path / 'out')]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert run.returncode == 0 and 'resnet18' in run.stdout, run.stderr
+    monkeypatch.setattr(sys, 'argv', ['checkpoints.py', str(tmp_path / 'backbone.pt'), str(tmp_path / 'out')])
+    runpy.run_path(str(ROOT / 'checkpoints.py'), run_name='__main__')
+    assert 'resnet18' in capsys.readouterr().out
     source.fc = nn.Identity()
     other = torchvision.models.resnet18()
     other.fc = nn.Identity()
@@ -420,15 +423,10 @@ def test_exported_files_load_in_torchvision_and_here(tmp_path):
     card = json.loads((tmp_path / 'out/detectron2.json').read_text())
     assert card['settings']['MODEL.PIXEL_MEAN'] == [255 * v for v in MEAN]
     assert sorted(card['names'].values()) == sorted(detectron['model'])
-    run = subprocess.run([*command[:2], 'none.pt', 'out'], capture_output=True, text=True, timeout=600)
-    assert run.returncode == 2 and run.stderr.count('\n') == 1 and 'none.pt: no such checkpoint' in run.stderr
-
-
-def test_the_old_command_names_the_new_one():
-    command = [sys.executable, str(ROOT / 'models.py'), 'backbone.pt', 'out']
-    run = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert run.returncode == 1 and not run.stdout
-    assert run.stderr == 'models.py: exports have moved: python checkpoints.py CHECKPOINT FOLDER\n'
+    monkeypatch.setattr(sys, 'argv', ['checkpoints.py', 'none.pt', 'out'])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_path(str(ROOT / 'checkpoints.py'), run_name='__main__')
+    assert left.value.code == 2 and capsys.readouterr().err == 'checkpoints.py: none.pt: no such checkpoint\n'
 
 
 def test_what_is_peculiar_travels_with_the_export(tmp_path, resnets, vit):

@@ -189,6 +189,12 @@ def test_memory_that_torch_cannot_get_is_recognised():
         assert isinstance(error.value, MemoryError) or re.search(start.NO_MEMORY, str(error.value))
 
 
+def test_a_machine_without_git(monkeypatch, tmp_path):
+    monkeypatch.setenv('PATH', str(tmp_path))
+    found = common.versions.__wrapped__()
+    assert found['git'] is None and found['torch'] and found['numpy']
+
+
 def test_run_folder_that_cannot_be_made(tmp_path):
     (tmp_path / 'file').touch()
     with pytest.raises(Fail, match='file/run: cannot be written: Not a directory; set another output='):

@@ -200,7 +200,7 @@ def test_a_bad_sample_stops_the_writer_and_leaves_nothing(tmp_path, bad, words):
     with pytest.raises((Fail, ZeroDivisionError), match=words) as e:
         write_beton(tmp_path / 'b.beton', lambda i: bad() if i == 7 else sample(i), 30, {})
     assert 'division' in words or 'sample 7' in str(e.value)
-    assert os.listdir(tmp_path) == [] and threading.active_count() == before
+    assert os.listdir(tmp_path) == [] and threading.active_count() <= before
 
 
 def test_a_page_grows_with_the_largest_image_unless_it_was_chosen(tmp_path):

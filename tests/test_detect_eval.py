@@ -470,8 +470,9 @@ def test_the_competing_network_that_is_meant_can_be_named(workplace, tmp_path):
     ('dataset.test=val', r'instances_val.json: No such file or directory; COCO is at'),
     ('dataset.name=voc detector=faster_rcnn_c4 dataset.test=test07', 'VOC drawn cannot be read from'),
     ('detector=retina', "detector: 'retina' is none of"), ('batch_size=0', 'batch_size: 0'), ('lr=0', 'lr: 0'),
-    ('anchors=[16]', 'an FPN needs 5 anchors'), ('train_sizes=[1.5]', 'train_sizes: 1.5'),
-    ('precision=fp8', 'precision'), ('train_sizes=[]', 'must be a size'), ('backbone.prefix=online', "'online' fits 0"),
+    ('anchors=[16]', 'an FPN needs 5 anchors'), ('detector=faster_rcnn_c4 anchors=[]', 'none may be empty'),
+    ('train_sizes=[1.5]', 'train_sizes: 1.5'), ('train_sizes=[]', 'none may be empty'),
+    ('precision=fp8', 'precision'), ('backbone.prefix=online', "'online' fits 0"),
     ('normalization=clpi', "normalization: 'clpi' is none of")])
 def test_impossible_settings_leave_nothing_behind(workplace, tmp_path, change, message):
     with pytest.raises(Fail, match=message) as error:

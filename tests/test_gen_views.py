@@ -3,13 +3,11 @@ import errno
 import io
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
 import sys
 import tarfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -159,10 +157,24 @@ def test_view_depends_on_seed_and_index_alone(settings, tmp_path):
         assert np.abs(views[i].astype(int) - seeded[i]).mean() > 2
 
 
+KILLED = """
+import os, signal
+import gen_views, start
+write = gen_views.write_chunk
+def killed(path, files):
+    write(path, files)
+    if '000002' in str(path):  # written, and not yet under its name
+        os.kill(os.getpid(), signal.SIGKILL)
+gen_views.write_chunk = killed
+start.run(gen_views.main, gen_views.DEFAULTS)
+"""
+
+
 @pytest.mark.parametrize('kind', ['unclip', 'icgan', 'maskgit'])
 def test_killed_run_goes_on_and_equals_an_undisturbed_one(settings, stage1, tmp_path, kind):
     if kind != 'unclip':  # the embedded ones
-        settings['generator'] = {'kind': kind, 'model': str(ROOT / 'tiny' / kind), 'precision': 'fp32'}
+        settings['generator'] = {'kind': kind, 'model': str(ROOT / 'tiny' / kind), 'precision': 'fp32',
+                                 'mask': {'steps': 3}}
         shutil.copytree(stage1, tmp_path / 'stage1')
         np.save(tmp_path / 'stage1/embeddings.npy', np.random.default_rng(0).normal(size=(N, 192)).astype(np.float16))
         settings['proportions'] = str(tmp_path / 'stage1') if kind == 'icgan' else ''
@@ -170,16 +182,10 @@ def test_killed_run_goes_on_and_equals_an_undisturbed_one(settings, stage1, tmp_
     path = tmp_path / 'killed.yaml'
     killed = tmp_path / 'killed'
     path.write_text(yaml.safe_dump({**settings, 'output': str(killed)}))
-    for left in (0, 1, 3):  # killed three times: at a random moment after so many chunks
-        job = subprocess.Popen(command(path), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.time() + 120
-        while len(list((killed / 'views').glob('0*.tar'))) < left and job.poll() is None and time.time() < deadline:
-            time.sleep(0.01)
-        time.sleep(random.uniform(0, 0.3))
-        job.send_signal(signal.SIGKILL)
-        job.wait()
+    job = subprocess.run([sys.executable, '-c', KILLED, str(path)], cwd=ROOT, capture_output=True, text=True)
     made = {p.name: p.stat().st_mtime_ns for p in (killed / 'views').glob('0*.tar')}
-    assert made
+    assert job.returncode == -signal.SIGKILL and sorted(made) == ['000000.tar', '000001.tar'], job.stderr
+    assert list((killed / 'views').glob('.000002.tar.*'))
     generate({**settings, 'output': str(killed)}, tmp_path)
     for name, stamp in made.items():
         assert (killed / 'views' / name).stat().st_mtime_ns == stamp, 'a finished chunk was made again'
@@ -206,18 +212,19 @@ def test_processes_share_the_chunks(settings, tmp_path, monkeypatch, capsys):
     assert (shared / 'pairs.beton').read_bytes() == (whole / 'pairs.beton').read_bytes()
 
 
-def test_sigterm_leaves_whole_chunks(settings, tmp_path):
-    path = tmp_path / 'slow.yaml'
-    path.write_text(yaml.safe_dump({**settings, 'generator': {**settings['generator'], 'steps': 200}}))
-    job = subprocess.Popen(command(path), cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    folder = Path(settings['output'])
-    begin = time.time()
-    while not (folder / 'views/000000.tar').exists() and job.poll() is None and time.time() - begin < 600:
-        time.sleep(0.01)
-    job.send_signal(signal.SIGTERM)
-    output, _ = job.communicate(timeout=120)
-    assert job.returncode == 143 and 'SIGTERM: leaving' in output and not (folder / 'pairs.beton').exists()
-    assert all(p.suffix == '.tar' and not p.name.startswith('.') for p in (folder / 'views').iterdir())
+def test_sigterm_leaves_whole_chunks(settings, tmp_path, monkeypatch, capsys):
+    calls, views, folder = [], UnCLIP.views, Path(settings['output'])
+
+    def signalled(*arguments):
+        calls.append(1)
+        if len(calls) == 3:                              # the first batch of the second chunk
+            os.kill(os.getpid(), signal.SIGTERM)
+        return views(*arguments)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as left:
+        patch.setattr(UnCLIP, 'views', signalled)
+        generate(settings, tmp_path)
+    assert left.value.code == 143 and 'SIGTERM: leaving; 4 of 5 chunks are still to be made' in capsys.readouterr().out
+    assert os.listdir(folder / 'views') == ['000000.tar'] and not (folder / 'pairs.beton').exists()
 
 
 def test_strategies(settings, tmp_path):
@@ -248,7 +255,7 @@ def test_strategies(settings, tmp_path):
     ({'image_size': -1}, 'image_size: -1 must be'),
 ])
 def test_bad_settings(settings, tmp_path, monkeypatch, changes, message):
-    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
     with pytest.raises(Fail, match=message) as error:
         generate(settings, tmp_path, **changes)
     assert '\n' not in str(error.value)
@@ -677,6 +684,13 @@ def test_odd_source_images_come_through(settings, tmp_path):
     assert np.ptp(found[2], (0, 1)).max() == 0 and np.ptp(found[1], 2).max() <= 3  # one pixel; grey
     source = np.asarray(plain.resize((19, 16), Image.Resampling.LANCZOS))[:, 2:18].astype(int)
     assert np.abs(found[0] - source).mean() < 15 and np.abs(found[3] - source).mean() < 15
+
+
+def test_images_of_which_none_can_be_read_are_one_line(settings, tmp_path):
+    (tmp_path / 'none').mkdir()
+    (tmp_path / 'none/a.jpg').write_bytes(b'not an image')
+    with pytest.raises(Fail, match='pairs.beton: none of the 1 source images can be read'):
+        generate(settings, tmp_path, dataset={'name': 'folder', 'root': str(tmp_path / 'none')}, strategy='none')
 
 
 def test_several_views_an_image(settings, tmp_path, capsys):

@@ -97,7 +97,8 @@ def test_truncation_bounds_the_latent_and_leaves_its_scale(files):
     """The demo's truncnorm.rvs(-2 t, 2 t), of standard deviation 0.707 for t = 0.7."""
     draw = torch.Generator().manual_seed(0)
     for truncation, bound, std in ((0.7, 1.4, 0.7072), (0.0, 9, 1.0)):
-        z = torch.stack([network(files, truncation=truncation)._latent(draw) for _ in range(200)])
+        generator = network(files, truncation=truncation)
+        z = torch.stack([generator._latent(draw) for _ in range(200)])
         assert z.shape == (200, 120) and z.abs().max() <= bound and z.std().item() == pytest.approx(std, abs=0.01)
     assert z.abs().max() > 3
 

@@ -91,7 +91,8 @@ def test_foreground_map_equals_numpy():
     np.testing.assert_allclose(got, (projection - low) / (high - low), atol=1e-5)
     assert got.shape == (3, 4, 5) and got.amin() == 0 and got.amax() == 1
     torch.testing.assert_close(foreground_map(features, pc[:, None]), got)               # (K, 1), as published
-    torch.testing.assert_close(foreground_map(features, pc, torch.randn(6)), got, atol=1e-5, rtol=0)  # the mean drops
+    centred = features - torch.randn(1, 6, 1, 1)
+    torch.testing.assert_close(foreground_map(centred, pc), got, atol=1e-5, rtol=0)      # the mean drops out
 
 
 def test_foreground_map_of_equal_tokens_is_half():

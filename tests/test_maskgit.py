@@ -369,6 +369,10 @@ def test_published_files_and_folders_that_do_not_fit(folder, tmp_path):
         (tmp_path / f'vqgan/{weights}').write_bytes((folder / f'vqgan/{weights}').read_bytes())
         with pytest.raises(Fail, match=f'vqgan: {message}'):
             generator(folder, vqgan=str(tmp_path / 'vqgan'))
+    (tmp_path / 'transformer.safetensors').write_bytes((folder / 'transformer.safetensors').read_bytes())
+    (tmp_path / 'config.json').write_text('{"heads": 5, "classes": 3}')
+    with pytest.raises(Fail, match='does not fit its network: embed_dim must be divisible by num_heads'):
+        load_transformer(tmp_path, 20)
     (tmp_path / 'config.json').write_text('{"heads": 4}')
     with pytest.raises(Fail, match='config.json: heads and classes must be whole numbers'):
         load_transformer(tmp_path, 20)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -282,6 +283,19 @@ def moco(**changes):
                   **{'dim': 16, 'queue': 32, 'momentum': 0.9, 'bn_splits': 2, **changes})
 
 
+def test_batch_norms_that_hold_their_activation_keep_it(monkeypatch):
+    monkeypatch.setattr(models, 'world_size', lambda: 2)
+    network = timm.create_model('tf_efficientnet_lite0', num_classes=0).eval()
+    images = torch.randn(2, 3, 32, 32)
+    expected = network(images)
+    with pytest.raises(Fail, match='BatchNormAct2d of this network cannot be trained by several processes on CPUs'):
+        synchronize_batch_norm(network, torch.device('cpu'))
+    network = synchronize_batch_norm(network, torch.device('cuda'))
+    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert norms and all(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
+    assert torch.allclose(network(images), expected, atol=1e-5) and expected.abs().max() > 0
+
+
 def test_split_batch_norm_is_one_batch_norm_per_part():
     x = torch.randn(12, 5, 4, 4)
     split = SplitBatchNorm2d(5, 3)
@@ -424,7 +438,7 @@ def test_moco_v3_is_symmetric_and_scaled_by_its_temperature(empty):
     model, views = pretrain.build_model(config, 2), views_of(config, 8)
     loss, _, figures = model(views, 0, True)
     q1, q2 = (F.normalize(model.predictor(model.projector(model.features(v))), dim=1) for v in views)
-    k1, k2 = (model.key(v) for v in views)
+    k1, k2 = (F.normalize(model.target(v), dim=1) for v in views)
     expected = 0.4 * (info_nce_batch(q1, k2, 0.2) + info_nce_batch(q2, k1, 0.2))
     assert torch.allclose(loss, expected, atol=1e-5)
     assert figures['contrastive_top1'] == ((q1 @ k2.T).argmax(1) == torch.arange(8)).float().mean()

@@ -284,7 +284,7 @@ def test_a_size_that_nobody_has_written_down_may_not_enlarge_the_images(tmp_path
 
 
 SENSELESS = {  # key=value; ...
-    'pretrain': """optimizer.momentum=1; optimizer.momentum=2.5; moco.momentum=1;
+    'pretrain': """optimizer.momentum=1; optimizer.momentum=2.5; moco.momentum=1; mocov3.momentum=1; byol.momentum=1;
         moco.temperature=1e-9; mocov3.momentum_end=1.1; optimizer.lr=1e9; optimizer.weight_decay=1;
         moco.temperature=1e9; epochs=10000000; image_size=1000000000; data.num_workers=1000000;
         batch_size=1000000000000; moco.queue=1000000000; output=; view_1.crop_scale=[1]; view_1.jitter=text;

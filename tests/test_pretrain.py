@@ -142,7 +142,7 @@ def test_learning_rate_per_epoch_is_that_of_cop_gens_code():
 
 class StopAfter:
     """In place of StopSignal: true when it is asked for the n-th time, which is at the end of step n."""
-    exit_code, name, steps = 143, 'SIGTERM', 3
+    exit_code, name, steps, leave = 143, 'SIGTERM', 3, StopSignal.leave
 
     def __init__(self):
         self.asked = 0
@@ -164,6 +164,7 @@ def test_every_method_trains_and_resumes_bit_exactly(workplace, tmp_path, monkey
     assert load_checkpoint(tmp_path / 'twice/checkpoint.pt')['step'] == 3
     pretrain.main(config_of(workplace, *changes, f'output={tmp_path}/twice'))
     assert_same_run(tmp_path / 'once', tmp_path / 'twice', steps=8)
+    assert [line['step'] for line in lines(tmp_path / 'twice')] == list(range(1, 9))  # none was made twice
     log = lines(tmp_path / 'once')
     assert all(np.isfinite(line['loss']) and 0.05 < line['feature_std_ratio'] < 1.5 for line in log)
     assert {'contrastive_top1', 'assignment_entropy'} & set(log[0]) == {
@@ -195,6 +196,10 @@ def test_several_betons_are_one_training_set(workplace, tmp_path):
     betons = f'data.beton=[{workplace}/pairs.beton, {tmp_path}/extra.beton]'
     pretrain.main(config_of(workplace, betons, f'output={tmp_path}/out'))
     assert len(lines(tmp_path / 'out')) == 5               # 80 images in batches of 16
+    fewer, more = f'data.beton=[{workplace}/pairs.beton]', betons[:-1] + f', {tmp_path}/extra.beton]'
+    for others in (fewer, more):
+        with pytest.raises(Fail, match='another content of data.beton;'):
+            pretrain.main(config_of(workplace, others, f'output={tmp_path}/out'))
     write_beton(tmp_path / 'extra.beton', lambda i: (extra[15 - i], None, 0, i, -1), 16, {})
     with pytest.raises(Fail, match='another content of data.beton;'):
         pretrain.main(config_of(workplace, betons, f'output={tmp_path}/out'))

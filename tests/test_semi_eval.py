@@ -19,7 +19,7 @@ from config import Fail, load_config  # noqa: E402
 from files import load_checkpoint  # noqa: E402
 from conftest import coloured_samples, named_betons  # noqa: E402
 from data import write_beton  # noqa: E402
-from models import build_backbone  # noqa: E402
+from models import build_backbone, decayed  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -105,9 +105,9 @@ def test_lists_of_names_and_of_indices(workplace, tmp_path):
 
 def test_schedules_of_the_papers():
     cosine = {'milestones': [], 'epochs': 20}
-    assert semi_eval.rate(0, 5, cosine) == 1 and semi_eval.rate(50, 5, cosine) == pytest.approx(0.5)
+    assert decayed(0, 5, cosine) == 1 and decayed(50, 5, cosine) == pytest.approx(0.5)
     steps = {'milestones': [12, 16], 'gamma': 0.2, 'epochs': 20}
-    assert [semi_eval.rate(5 * epoch, 5, steps) for epoch in (0, 11, 12, 15, 16, 19)] == pytest.approx(
+    assert [decayed(5 * epoch, 5, steps) for epoch in (0, 11, 12, 15, 16, 19)] == pytest.approx(
         [1, 1, 0.2, 0.2, 0.04, 0.04])
 
 

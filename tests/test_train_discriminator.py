@@ -118,7 +118,8 @@ def test_the_better_of_two_candidates(folder, tmp_path):
 
 @pytest.mark.parametrize('changes, message', [
     ({'beton': ''}, 'beton: must name a file'), ({'batch_size': 0}, 'batch_size: 0 must be'),
-    ({'beton': 'absent.beton'}, 'absent.beton')])
+    ({'beton': 'absent.beton'}, 'absent.beton'),
+    ({'image_size': 65}, 'image_size: views of 65 px from stored images of 32 px')])
 def test_wrong_settings_are_one_line(folder, beton, tmp_path, changes, message):
     with pytest.raises(Fail, match=message):
         train_discriminator.main({**config(folder, beton, tmp_path / 'run'), **changes})
