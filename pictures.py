@@ -38,21 +38,23 @@ def grid(path, sections, columns=10):
     from matplotlib.figure import Figure
     lines = [(labels, examples[k:k + columns]) for labels, examples in sections
              for k in range(0, len(examples), columns)]
-    depth = len(lines[0][1][0][1])
-    figure = Figure(figsize=(1.1 * columns, (1.1 * depth + 0.3) * len(lines)))
-    axes = figure.subplots(depth * len(lines), columns, squeeze=False)
-    for axis in axes.flat:
-        axis.set(xticks=[], yticks=[])
-        axis.set_frame_on(False)
-    for line, (labels, examples) in zip(range(0, len(axes), depth), lines):
+    left, high = 0.3 * any(labels for labels, _ in sections), 1.1 * len(lines[0][1][0][1]) + 0.3  # all in inches
+    width, height = left + 1.1 * columns, high * len(lines)
+    figure = Figure(figsize=(width, height))
+    axis = figure.add_axes((0, 0, 1, 1))  # one for all: one each takes ten times as long
+    for line, (labels, examples) in enumerate(lines):
+        middles = [high * line + 0.8 + 1.1 * k for k in range(len(examples[0][1]))]
         for column, (title, images) in enumerate(examples):
-            axes[line, column].set_title(title, fontsize=7, pad=2)
-            for k, image in enumerate(images):
+            x = left + 1.1 * column + 0.55
+            axis.text(x, high * line + 0.25, title, fontsize=7, ha='center', va='bottom')
+            for y, image in zip(middles, images):
                 if image is not None:
-                    axes[line + k, column].imshow(image)
-        for k, label in enumerate(labels):
-            axes[line + k, 0].set_ylabel(label, fontsize=8)
-    figure.tight_layout(pad=0.3)
+                    h, w = np.array(image.shape[:2]) / max(image.shape[:2]) / 2
+                    axis.imshow(image, extent=(x - w, x + w, y + h, y - h))
+        for y, label in zip(middles, labels):
+            axis.text(left - 0.05, y, label, fontsize=8, rotation=90, ha='right', va='center')
+    axis.set(xlim=(0, width), ylim=(height, 0), aspect='auto')
+    axis.axis('off')
     atomic(path, lambda temporary: figure.savefig(temporary, dpi=120))
 
 

@@ -49,10 +49,11 @@ def test_grid_has_its_images_in_their_cells_and_none_leaves_a_cell_free(tmp_path
         assert image.format == 'PNG' and image.width / image.height == pytest.approx(3.3 / 2.5, rel=0.01)
     pixels = opened(tmp_path / 'new/grid.png')
     height, width = pixels.shape[:2]
-    third, half = width // 3, height // 2
-    cells = {(r, c): pixels[r * half:(r + 1) * half, c * third:(c + 1) * third] for r in (0, 1) for c in range(3)}
+    third, half, top = width // 3, round(height * 1.1 / 2.5), round(height * 0.3 / 2.5)  # above: the titles
+    cells = {(r, c): pixels[top + r * half:top + (r + 1) * half, c * third:(c + 1) * third]
+             for r in (0, 1) for c in range(3)}
     for cell, colour in {(0, 0): 'red', (1, 0): 'green', (0, 1): 'blue', (0, 2): 'red', (1, 2): 'green'}.items():
-        assert len(places(cells[cell], colour)[0]) > 0.3 * third * half, cell
+        assert len(places(cells[cell], colour)[0]) > 0.7 * third * half, cell
         for other in COLOURS.keys() - {colour}:
             assert len(places(cells[cell], other)[0]) == 0, (cell, other)
     assert (cells[1, 1] == 255).all()
@@ -60,16 +61,16 @@ def test_grid_has_its_images_in_their_cells_and_none_leaves_a_cell_free(tmp_path
 
 
 def test_sections_begin_new_lines_with_their_labels(tmp_path, monkeypatch):
-    titles, labels = spy(monkeypatch, 'set_title'), spy(monkeypatch, 'set_ylabel')
+    texts = spy(monkeypatch, 'text')
     grid(tmp_path / 'grid.png', [(('above', 'below'), [(str(k), [plain('red'), plain('green')]) for k in range(3)]),
                                  ((), [('last', [plain('blue'), plain('blue')])])], columns=2)
-    assert [args[0] for args, _ in titles] == ['0', '1', '2', 'last']
-    assert [args[0] for args, _ in labels] == ['above', 'below'] * 2  # of the section's two lines
+    labels = ['above', 'below']                          # of the section's two lines
+    assert [args[2] for args, _ in texts] == ['0', '1', *labels, '2', *labels, 'last']
     pixels = opened(tmp_path / 'grid.png')
     height, width = pixels.shape[:2]
-    assert width / height == pytest.approx(2.2 / 7.5, rel=0.01)
+    assert width / height == pytest.approx(2.5 / 7.5, rel=0.01)
     rows, columns = places(pixels, 'blue')
-    assert rows.min() > 0.6 * height and columns.max() < 0.55 * width
+    assert rows.min() > 0.6 * height and columns.max() < 0.6 * width
     rows, columns = places(pixels, 'red')
     assert rows.max() < 0.55 * height and (columns > width / 2).any()
 
