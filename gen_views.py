@@ -205,7 +205,7 @@ def main(config):
     check(config)
     first, step = shard(config['shard'], processes)
     stop, output, elsewhere = StopSignal(), run_folder(config['output']), config['source'] == 'folder'
-    latent, masked = config['strategy'] == 'latent', by_mask(config)
+    latent = config['strategy'] == 'latent'
     source = Source('latents', None, np.full(config['latent']['anchors'], -1), []) if latent else \
         source_dataset(config['dataset'])
     levels, embeddings, checksum, known = noise_levels(config, source)
@@ -217,31 +217,7 @@ def main(config):
         settings.update(source='folder', views=int((levels >= 0).sum()), levels=zlib.crc32(levels.tobytes()),
                         **{k: config[k] for k in ('views_root', 'view_size')})
     elif config['strategy'] != 'none':
-        spec, retrieved, made_of = config['generator'], config['strategy'] == 'retrieval', []
-        settings.update({k: config[k] for k in ('seed', 'view_size', 'view_format', 'chunk_size')})
-        if latent or masked or config['views_per_image'] > 1:
-            settings['views_per_image'] = config['views_per_image']
-        if latent:
-            settings.update(dataset={'name': 'latents'}, latent=config['latent'])
-            made_of = [config['latent']['model'], config['latent']['discriminator'],
-                       *(move['walker'] for move in config['latent']['chunks'].values())]
-        else:
-            unseen = {'vae_slicing', 'compile', *UNSEEN[spec['kind']]} | (
-                {'condition'} if spec['condition'] == 'stored' else set())
-            settings['generator'] = None if retrieved else {k: v for k, v in spec.items() if k not in unseen}
-        if masked:
-            made_of = [spec['model'], spec['mask']['vqgan']]
-        elif not latent:
-            settings.update(proportions=checksum,
-                            noise_level=config['noise_level'] if config['strategy'] == 'constant' else None)
-            if retrieved:  # None: among the images' own embeddings, whose checksum is known
-                settings['pool'] = zlib.crc32(np.ascontiguousarray(load_arrays(
-                    Path(config['pool']) / 'embeddings.npy', f"run fg_proportion.py into {config['pool']} again",
-                    mmap_mode='r'))) if config['pool'] else None
-            elif spec['kind'] == 'icgan':
-                made_of = [spec['model'], spec['noise']['extractor'] * (spec['condition'] == 'pipeline')]
-        if made_of:
-            settings['weights'] = [weights_checksum(name) for name in made_of if name]
+        settings.update(recipe(config, checksum))
     moved = () if embeddings is None else ('dataset.root',)  # a dataset may move: its embeddings tell which one it is
     same_settings(output / 'settings.json', settings, (*moved, 'made_by'))  # before anything is written
     unmoved = {**settings, 'dataset': {k: v for k, v in settings['dataset'].items() if k != 'root'}}
@@ -333,6 +309,33 @@ def main(config):
         pack(config, beton, source, levels, views, settings, log, stop)
     except BeingWritten:
         log.write(f'{beton}: another process is packing it')
+
+
+def recipe(config, checksum):
+    """What decides the generated views beside their images, and checksums of the weights. checksum: of noise_levels."""
+    spec, latent, retrieved = config['generator'], config['latent'], config['strategy'] == 'retrieval'
+    found, made_of = {k: config[k] for k in ('seed', 'view_size', 'view_format', 'chunk_size')}, []
+    if config['strategy'] == 'latent' or by_mask(config) or config['views_per_image'] > 1:
+        found['views_per_image'] = config['views_per_image']
+    if config['strategy'] == 'latent':
+        found.update(dataset={'name': 'latents'}, latent=latent)
+        made_of = [latent['model'], latent['discriminator'], *(move['walker'] for move in latent['chunks'].values())]
+    else:
+        unseen = {'vae_slicing', 'compile', *UNSEEN[spec['kind']]} | (
+            {'condition'} if spec['condition'] == 'stored' else set())
+        found['generator'] = None if retrieved else {k: v for k, v in spec.items() if k not in unseen}
+        if by_mask(config):
+            made_of = [spec['model'], spec['mask']['vqgan']]
+        else:
+            found.update(proportions=checksum,
+                         noise_level=config['noise_level'] if config['strategy'] == 'constant' else None)
+            if retrieved:  # None: among the images' own embeddings, whose checksum is known
+                found['pool'] = zlib.crc32(np.ascontiguousarray(load_arrays(
+                    Path(config['pool']) / 'embeddings.npy', f"run fg_proportion.py into {config['pool']} again",
+                    mmap_mode='r'))) if config['pool'] else None
+            elif spec['kind'] == 'icgan':
+                made_of = [spec['model'], spec['noise']['extractor'] * (spec['condition'] == 'pipeline')]
+    return {**found, 'weights': [weights_checksum(name) for name in made_of if name]} if made_of else found
 
 
 def noise_levels(config, source):

@@ -41,7 +41,7 @@ def grid(path, sections, columns=10):
     left, high = 0.3 * any(labels for labels, _ in sections), 1.1 * len(lines[0][1][0][1]) + 0.3  # all in inches
     width, height = left + 1.1 * columns, high * len(lines)
     figure = Figure(figsize=(width, height))
-    axis = figure.add_axes((0, 0, 1, 1))  # one for all: one each takes five times as long
+    axis = figure.add_axes((0, 0, 1, 1))  # one for all: one each takes four times as long
     for line, (labels, examples) in enumerate(lines):
         middles = [high * line + 0.8 + 1.1 * k for k in range(len(examples[0][1]))]
         for column, (title, images) in enumerate(examples):

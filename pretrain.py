@@ -301,6 +301,11 @@ from pictures import curves
 # ---------------------------------------------------------------------------------------------------
 # Set-up
 
+def betons(config):
+    found = config['data']['beton'] or []
+    return [found] if isinstance(found, str) else found
+
+
 def open_pairs(config, processes):
     """The loader of this process's part of each micro-batch."""
     data, recipes = config['data'], recipes_of(config)
@@ -314,8 +319,8 @@ def open_pairs(config, processes):
                            device=processes.device,
                            steps_per_epoch=data['online']['images_per_epoch'] // config['batch_size']
                            * config['accumulate'], **share)
-    betons = [data['beton']] if isinstance(data['beton'], str) else data['beton']
-    stamps = [(s.st_size, s.st_mtime_ns, s.st_ino, s.st_dev) for s in map(os.stat, filter(os.path.exists, betons))]
+    there = filter(os.path.exists, betons(config))
+    stamps = [(s.st_size, s.st_mtime_ns, s.st_ino, s.st_dev) for s in map(os.stat, there)]
     own = stamps != processes.of_first(stamps)  # a copy on this node's disk: nobody else checks its bytes
     loader = PairLoader(data['beton'], recipes, data['alpha'], data['swap'], num_workers=data['num_workers'],
                         pin_memory=processes.device.type == 'cuda',
@@ -457,8 +462,8 @@ def stop_if_not_finite(losses, parameters, step, last_saved, checkpoint):
 
 def contents(config):
     """Checksums of the files that decide this training beside its config, {key: numbers}; None of what is gone."""
-    pairs, online, quality = config['data']['beton'], config['data']['online'], config['quality']
-    sides = [f'{path}.json' for path in ([pairs] if isinstance(pairs, str) else pairs or [])]
+    online, quality = config['data']['online'], config['quality']
+    sides = [f'{path}.json' for path in betons(config)]
     files, found = {}, {
         'data.beton': [load_json(side, PACK).get('crc32') if os.path.exists(side) else None for side in sides]}
     if online['images_per_epoch']:
